@@ -1,0 +1,42 @@
+"""Ferret, a multimodal LLM that refers and grounds, as a teaching and reference library.
+
+Each name is loaded when it is first used, so that `import ferret_lite` loads neither PyTorch nor transformers."""
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+_ROOMS = {  # module -> the names that `ferret_lite` hands on, in reading order
+    "coords": "quantize dequantize box_iou",
+    "regions": "Point Box FreeForm region_mask region_coords",
+    "points": "sample_points bilinear_features fps knn",
+    "sampler": "RegionSampler build_sampler",
+    "plotting": "show_image show_regions show_answer contact_sheet",
+    "records": "Record Dialogue Turn read_records write_records open_image",
+    "grounding": "Phrase parse_answer phrase_boxes_px format_coords format_phrase",
+    "prompt": "Template encode_dialogues encode_prompt",
+    "processor": "FerretProcessor",
+    "model": "FerretConfig FerretForConditionalGeneration",
+    "scenes": "Scene make_scene",
+    "tasks": "AnnotatedObject draw_dialogues",
+    "sources": "voc_records coco_records",
+    "data": "FerretDataModule",
+    "metrics": "",
+    "training": "FerretModule",
+    "evaluate": "",
+    "cli": "",
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
+__all__ = [*_HOME]
+
+
+def __getattr__(name):
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_ROOMS, *_HOME})
