@@ -2,9 +2,11 @@
 
     python benchmarks/bench_sampler.py
 
-Every measurement runs in a child process of its own. Nothing is asserted: read the ratios."""
+Every measurement runs in a child process of its own. Nothing is asserted: read the ratios. Both forms keep the same
+points and neighbours and the same last two layers. The map asks for its gradient, as when the encoder is trained."""
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -13,9 +15,9 @@ import sys
 import time
 
 import torch
+from einops import rearrange, repeat
 from ferret_lite.points import bilinear_features, fps, gather_points, knn
 from ferret_lite.sampler import RegionSampler, SamplerBlock
-from einops import rearrange, repeat
 
 THREADS = 2
 SIZES = {  # regions, feature map side, images, channels, points, channels of the language model
@@ -72,33 +74,82 @@ def clear(sampler, feature_map):
 
 
 def measure_time(size, form, backward, repeats):
-    "Milliseconds of each pass, after one to warm up."
+    "Milliseconds of each pass, after two to warm up."
     parts, times = make(size, form), []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         clear(*parts[:2])
         start = time.perf_counter()
         step(form, backward, *parts)
         times.append(1e3 * (time.perf_counter() - start))
-    return times[1:]
+    return times[2:]
 
 
 def measure_memory(size, form, backward, repeats):
-    "MiB by which one pass raises the peak of this process, inputs and weights not counted."
+    "MiB by which one pass raises the peak of this process; weights and inputs are there before."
+    unit = 1024 ** 2 if sys.platform == "darwin" else 1024
     step(form, backward, *make(SIZES["tiny"], form))  # load libraries and start threads before the count
     parts = make(size, form)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
-    before = peak()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(form, backward, *parts)
-    return [(peak() - before) / (1024 ** 2 if sys.platform == "darwin" else 1024)]
+    return [(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit]
 
 
-def child(what, size, form, backward, repeats=1):
-    "Run one measurement in a fresh process."
+def measure_difference(size, form, backward, repeats):
+    "Largest difference of the vectors over the largest value; norm of the gradients' difference over their norm."
+    out, grads = [], []
+    for form in ("direct", "factored"):
+        sampler, feature_map, points = make(size, form)
+        out.append(step(form, True, sampler, feature_map, points).detach())
+        grads.append([feature_map.grad, *(p.grad for p in sampler.parameters())])
+    largest = (out[1] - out[0]).abs().max() / out[0].abs().max()
+    return [largest.item(), *(((b - a).norm() / a.norm()).item() for a, b in zip(*grads))]
+
+
+MEASURES = dict(time=measure_time, memory=measure_memory, difference=measure_difference)
+
+
+def child(what, size, form="factored", backward=False, repeats=1):
+    "One measurement in a fresh process."
     job = json.dumps(dict(what=what, size=size, form=form, backward=backward, repeats=repeats))
-    out = subprocess.run([sys.executable, __file__, "--job", job], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, __file__, "--job", job], check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
-def run_job(job):
-    measure = dict(time=measure_time, memory=measure_memory)[job["what"]]
-    print(json.dumps(measure(SIZES[job["size"]], job["form"], job["backward"], job["repeats"])))
+def run_job(what, size, form, backward, repeats):
+    torch.set_num_threads(THREADS)
+    print(json.dumps(MEASURES[what](SIZES[size], form, backward, repeats)))
+
+
+def compare(name, backward, rounds):
+    "A line of times, the best of all rounds: the two forms by turns, so that a busy machine disturbs both."
+    repeats, forms = (2 if name == "paper" else 20), ("direct", "factored")
+    times = {form: [] for form in forms}
+    for _ in range(rounds):
+        for form in forms: times[form] += child("time", name, form, backward, repeats)
+    best = [min(times[form]) for form in forms]
+    middle = [statistics.median(times[form]) for form in forms]
+    print(f"  {'forward + backward' if backward else 'forward':<19}"
+          f"direct {best[0]:8.1f} ms   factored {best[1]:7.1f} ms   ratio {best[0] / best[1]:5.1f}"
+          f"   (medians {middle[0]:.1f}, {middle[1]:.1f}: {middle[0] / middle[1]:.1f})", flush=True)
+
+
+def main(rounds):
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
+          f"{THREADS} threads of {os.cpu_count()} cores, float32. Best of {rounds} rounds.")
+    for name, size in SIZES.items():
+        print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in size.items()) + ", k 24")
+        for backward in (False, True): compare(name, backward, rounds)
+        for backward in (False, True):
+            mib = [child("memory", name, form, backward)[0] for form in ("direct", "factored")]
+            print(f"  peak of a {'forward + backward' if backward else 'forward'} pass: direct {mib[0]:.0f} MiB, "
+                  f"factored {mib[1]:.0f} MiB, {mib[1] / max(mib[0], 1e-9):.2f} of it", flush=True)
+        out, *grads = child("difference", name)
+        print(f"  relative difference: vectors {out:.1e}, gradients at most {max(grads):.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    run_job(**json.loads(args.job)) if args.job else main(args.rounds)

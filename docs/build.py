@@ -28,7 +28,7 @@ PARTS = {  # the sidebar; a chapter that no part names comes last
     "Words": "grounding prompt",
     "The model": "processor model official",
     "Data": "scenes tasks sources data",
-    "Training and scores": "metrics training evaluate bench",
+    "Training and scores": "metrics evaluate training bench",
     "Using it": "demo cli",
 }
 

@@ -33,7 +33,7 @@ autodoc_preserve_defaults = True
 add_module_names = False
 python_maximum_signature_line_length = 88
 default_role = "literal"
-smartquotes = False
+smartquotes_action = "D"  # dashes only: quotation marks here are code
 
 # Pages: one local MathJax, no request to anywhere.
 mathjax_path = "mathjax/tex-svg.js"

@@ -15,14 +15,14 @@ _ROOMS = {  # module -> the names that `ferret_lite` hands on, in reading order
     "grounding": "Phrase parse_answer phrase_boxes_px format_coords format_phrase",
     "prompt": "Template encode_dialogues encode_prompt",
     "processor": "FerretProcessor",
-    "model": "FerretConfig FerretForConditionalGeneration",
-    "scenes": "Scene make_scene",
+    "model": "FerretConfig FerretForConditionalGeneration ConvStemVisionConfig ConvStemVisionModel",
+    "scenes": "Scene make_scene scene_mask",
     "tasks": "AnnotatedObject draw_dialogues",
     "sources": "voc_records coco_records",
     "data": "FerretDataModule",
-    "metrics": "",
+    "metrics": "rec_score referring_score existence_score description_score score_table",
+    "evaluate": "score_questions",
     "training": "FerretModule",
-    "evaluate": "",
     "cli": "",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}

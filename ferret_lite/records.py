@@ -47,9 +47,9 @@ class Record:
     dialogues: list[Dialogue]
     id: str = ""
 
-# %% ../nbs/06_records.ipynb #c3af5d7a
+# %% ../nbs/06_records.ipynb #5030ae2e
 PLACEHOLDER = re.compile(r"\[region([0-9]{1,6})(?::(coordinates|feature))?\]")
-_ALMOST = re.compile(r"\[region[^\[\]\s]{0,40}\]", re.IGNORECASE)  # what a slip of the pen looks like
+_ALMOST = re.compile(r"\[ ?regions? ?(?:[0-9:_-][^\[\]\s]{0,40})?\]", re.IGNORECASE)  # slips of the pen
 
 class Placeholder(NamedTuple):
     """One mention of a region in a text."""
@@ -64,9 +64,8 @@ def find_placeholders(
     """Find the mentions of regions in a text."""
     return [Placeholder(int(m[1]), m[2] or "", *m.span()) for m in PLACEHOLDER.finditer(text)]
 
-# %% ../nbs/06_records.ipynb #676b940c
-@dataclass(frozen=True)
-class Where:
+# %% ../nbs/06_records.ipynb #227faa1b
+class Where(NamedTuple):
     """The place that an error names: a source, such as "a.jsonl, line 12", and a field in it."""
     source: str
     field: str = ""
@@ -188,12 +187,12 @@ def record_from_dict(
     dialogues = [_dialogue_from_dict(x, at) for x, at in _each(d, "dialogues", where)]
     return check_record(Record(d["image"], d["width"], d["height"], dialogues, d.get("id", "")), where)
 
-# %% ../nbs/06_records.ipynb #49d97a17
+# %% ../nbs/06_records.ipynb #cc4d7be5
 def _no_constant(name): raise ValueError(f"{name} is no JSON number")
 
 def _parse_line(line, where):
     "One line of bytes -> a checked record."
-    try: d = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    try: d = json.loads(line.decode("utf-8").strip(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise where.error(f"is no JSON ({e}); write one record per line, in UTF-8") from e
     return record_from_dict(d, where)

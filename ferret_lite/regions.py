@@ -129,7 +129,7 @@ def _as_polygons(polygons):
     corners = [_as_scribble(list(zip(flat[::2], flat[1::2])), "polygon") for flat in polygons]
     return tuple(tuple(v for corner in polygon for v in corner) for polygon in corners)
 
-# %% ../nbs/02_regions.ipynb #7a0c132f
+# %% ../nbs/02_regions.ipynb #1f9b1f73
 @dataclass(frozen=True, eq=False)
 class FreeForm:
     "A region of any shape, from exactly one source; `pen_width` goes with `scribble` alone."
@@ -145,7 +145,7 @@ class FreeForm:
         if len(given) != 1:
             raise ValueError(f"FreeForm needs exactly one of {', '.join(read)}; got {', '.join(given) or 'none'}")
         pen = self.pen_width
-        if pen is not None and (given[0] != "scribble" or not isinstance(pen, Real) or not 1 <= pen < float("inf")):
+        if pen is not None and (given[0] != "scribble" or not isinstance(pen, Real) or not 1 <= pen < 1e9):
             raise ValueError(f"pen_width {pen!r:.60}: give 1 pixel or more, and only with a scribble")
         object.__setattr__(self, given[0], read[given[0]](getattr(self, given[0])))
 

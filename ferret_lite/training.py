@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'scale_small_model', 'DenseHead', 'learning_rate', 'vocabulary_weights', 'label_weights',
            'compile_blocks', 'FerretModule']
 
-# %% ../nbs/18_training.ipynb #0f403f1d
+# %% ../nbs/18_training.ipynb #f9870a84
 import math
 import os
 import shutil
@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from .data import Stage, stage_at
 from .evaluate import score_questions
-from .model import FerretConfig, FerretForConditionalGeneration, answer
+from .model import FerretConfig, FerretForConditionalGeneration, answer, packed_attention_mask
 from .processor import FerretProcessor
 
 # %% ../nbs/18_training.ipynb #1e3040fd
@@ -51,7 +51,7 @@ def scale_small_model(
     for layer in layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj): linear.weight.div_(math.sqrt(2 * len(layers)))
 
-# %% ../nbs/18_training.ipynb #cd0004b5
+# %% ../nbs/18_training.ipynb #812f8775
 class DenseHead(nn.Module):
     """What each patch shows, read from the encoder's features: the words of its object's name, its box in digits.
 
@@ -68,13 +68,13 @@ class DenseHead(nn.Module):
         digits,   # `(b, p, 4, 3)` long: each bin as written, 10 where a number has ended
     ):            # scalar loss
         """Sum of the three losses; patches of the background count for the words alone."""
-        is_object = words.amax(-1)                                                # (b, p)
-        def over_objects(loss): return (loss * is_object).sum() / is_object.sum().clamp(min=1)
+        shown = words.amax(-1) > 0                                                # (b, p)
         word_loss = F.binary_cross_entropy_with_logits(self.words(features), words, reduction="none").sum(-1).mean()
-        box_loss = over_objects(F.l1_loss(self.box(features), 2 * boxes - 1, reduction="none").mean(-1))
-        logits = rearrange(self.digits(features), "b p (c j v) -> b v p c j", c=4, j=3)
-        digit_loss = over_objects(F.cross_entropy(logits, digits, reduction="none").mean((-1, -2)))
-        return word_loss + 2 * box_loss + digit_loss
+        if not shown.any(): return word_loss
+        objects = features[shown]                                                 # (m, d)
+        box_loss = F.l1_loss(self.box(objects), 2 * boxes[shown] - 1)
+        logits = rearrange(self.digits(objects), "m (c v) -> (m c) v", v=11)
+        return word_loss + 2 * box_loss + F.cross_entropy(logits, digits[shown].flatten())
 
 # %% ../nbs/18_training.ipynb #0b227ecf
 def learning_rate(
@@ -123,7 +123,7 @@ def compile_blocks(
     for block in [*model.vision_tower.layers, *model.language_model.base_model.layers]: block.compile(dynamic=False)
     return True
 
-# %% ../nbs/18_training.ipynb #0e266c0d
+# %% ../nbs/18_training.ipynb #dc455851
 class FerretModule(L.LightningModule):
     """Train a Ferret in stages.
 
@@ -196,12 +196,14 @@ class FerretModule(L.LightningModule):
     def answer_loss(self, batch, vision):
         """Cross-entropy of the answers' tokens, weighted by what they are."""
         embeds = self.model.embed_inputs(batch["input_ids"], vision, batch["region_points"], batch["region_mask"])
-        logits = self.model(inputs_embeds=embeds, dialogue_ids=batch["dialogue_ids"],
-                            position_ids=batch["position_ids"], use_cache=False).logits
-        labels = batch["labels"][:, 1:]                            # (b, s - 1)
+        mask = packed_attention_mask(batch["dialogue_ids"], embeds.dtype)
+        hidden = self.model.language_model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
+                                                      position_ids=batch["position_ids"]).last_hidden_state
+        labels = batch["labels"][:, 1:]                                          # (b, s - 1)
         learned = labels != -100
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][learned])     # (m, v): answers alone
         weights = label_weights(labels, self.token_weights)[learned]
-        loss = F.cross_entropy(logits[:, :-1][learned].float(), labels[learned], reduction="none")
+        loss = F.cross_entropy(logits.float(), labels[learned], reduction="none")
         return (loss * weights).sum() / weights.sum()
 
     def validation_step(self, questions, batch_idx):
