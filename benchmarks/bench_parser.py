@@ -34,9 +34,11 @@ def texts(size, rng=random.Random(0)):
     def box():
         x, y = sorted(rng.sample(range(1000), 2)), sorted(rng.sample(range(1000), 2))
         return f"[{x[0]}, {y[0]}, {x[1]}, {y[1]}]"
-    return {"answers": repeat_to(lambda: f"There is a {rng.choice(words)} {rng.choice(words)} {box()} and an L {box()}. ", size),
+    def answer(): return f"There is a {rng.choice(words)} {rng.choice(words)} {box()} and an L {box()}. "
+    noise = ["[", "]", ", ", "1", "999", "a ", "[1, 2, 3, 4]", "[[1, 2", ";", " "]
+    return {"answers": repeat_to(answer, size),
             "prose": repeat_to(lambda: rng.choice(words) + " ", size),
-            "hostile": repeat_to(lambda: rng.choice(["[", "]", ", ", "1", "999", "a ", "[1, 2, 3, 4]", "[[1, 2", ";", " "]), size)}
+            "hostile": repeat_to(lambda: rng.choice(noise), size)}
 
 
 def seconds(function, text, repeats=3):
@@ -56,7 +58,8 @@ def table(name, function, text, sizes):
     last = None
     for size in sizes:
         took = seconds(function, text[:size])
-        print(f"{name:<20} {size / 1e6:>8.3f} MB {took:>9.4f} s {size / 1e6 / took:>9.2f} MB/s   {'' if last is None else f'x {took / last:.2f}'}", flush=True)
+        grown = "" if last is None else f"x {took / last:.2f}"
+        print(f"{name:<20} {size / 1e6:>8.3f} MB {took:>9.4f} s {size / 1e6 / took:>9.2f} MB/s   {grown}", flush=True)
         last = took
     return last
 
@@ -65,8 +68,8 @@ def main(megabytes=10.0):
     full = int(megabytes * 1e6)
     sizes = [full >> i for i in (4, 3, 2, 1, 0)]
     drawn = texts(full)
-    print(f"parser throughput; Python {platform.python_version()}, NumPy {np.__version__}, ferret_lite {ferret_lite.__version__}, "
-          f"{platform.machine()}, {os.cpu_count()} cores, 1 used\n")
+    print(f"parser throughput; Python {platform.python_version()}, NumPy {np.__version__}, "
+          f"ferret_lite {ferret_lite.__version__}, {platform.machine()}, {os.cpu_count()} cores, 1 used\n")
     ours = {name: table(name, parse_answer, text, sizes) for name, text in drawn.items()}
     boxes = sum(len(p.boxes) for p in parse_answer(drawn["answers"]))
     print(f"\n{boxes} boxes in the answers: {boxes / ours['answers']:.0f} boxes per second\n")

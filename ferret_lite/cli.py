@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'FLAGS', 'usage', 'one_line', 'UsageError', 'OneLineParser', 'ask_parser', 'join_flags', 'read_region',
            'check_mentions', 'newest_model', 'load_model', 'save_model', 'ask', 'give_answer', 'draw_answer',
-           'evaluate', 'test', 'find_checkpoint', 'read_checkpoint', 'add_options', 'count_steps', 'run_defaults',
-           'train', 'checkpoint_of', 'fit', 'validate', 'test_checkpoint', 'predict', 'run', 'main']
+           'evaluate', 'test', 'find_checkpoint', 'read_checkpoint', 'add_options', 'run_defaults', 'train',
+           'checkpoint_of', 'fit', 'validate', 'test_checkpoint', 'predict', 'run', 'main']
 
 # %% ../nbs/21_cli.ipynb #cb919c65
 import argparse
@@ -266,22 +266,17 @@ def read_checkpoint(
                                           "the checkpoint was trained with (config.yaml in the run's folder of logs)")
     return weights
 
-# %% ../nbs/21_cli.ipynb #dd610b94
+# %% ../nbs/21_cli.ipynb #21916b1e
 def add_options(parser):
     """What ties model, data and trainer together, and the options that are neither's."""
     from lightning.pytorch.callbacks import ModelCheckpoint
-    parser.link_arguments("data.stages", "model.stages")
-    parser.link_arguments("data.stages", "trainer.max_steps", compute_fn=count_steps)
-    for name in ("processor", "words"): parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+    for name in ("stages", "processor", "words"): parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
     parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
     parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root)/"checkpoints"))
     parser.set_defaults({"checkpoint.every_n_train_steps": 500, "checkpoint.save_last": True, "checkpoint.filename": "{step}",
                          "checkpoint.enable_version_counter": False})
     parser.add_argument("--report.num", type=int, default=1000, help="Questions of each set after training; 0 leaves the test out.")
     parser.add_argument("--report.seed", type=int, default=0, help="Of the questions.")
-
-
-def count_steps(stages): return sum(stage["steps"] if isinstance(stage, dict) else stage.steps for stage in stages)
 
 # %% ../nbs/21_cli.ipynb #8808ab54
 def run_defaults(root):
@@ -300,7 +295,7 @@ def run_defaults(root):
     bar = ScoresBar(refresh_rate=10 if Bar is RichProgressBar else 50)
     return {"logger": [csv, TensorBoardLogger(root, name="logs", version=csv.version)], "callbacks": [bar]}
 
-# %% ../nbs/21_cli.ipynb #c5273b21
+# %% ../nbs/21_cli.ipynb #8417180a
 def train(argv):
     """`ferret-lite fit|validate|test|predict`: Lightning's command line for our two classes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -319,6 +314,7 @@ def train(argv):
             defaults = run_defaults(given.default_root_dir)
             defaults["callbacks"] += given.callbacks or []
             if given.logger is not None: del defaults["logger"]
+            if given.max_steps < 0: defaults["max_steps"] = sum(stage.steps for stage in self.datamodule.stages)
             return super().instantiate_trainer(**defaults, **kwargs)
     for command in (fit, validate, test_checkpoint, predict): setattr(FerretCLI, command.__name__.split("_")[0], command)
     FerretCLI(FerretModule, FerretDataModule, args=argv, seed_everything_default=0, save_config_kwargs={"overwrite": True},

@@ -42,12 +42,9 @@ def check_lengths(**lists):
     lengths = {name: len(x) for name, x in lists.items()}
     if len(set(lengths.values())) > 1: raise ValueError(f"give one entry per question in every list, got {lengths}")
 
-# %% ../nbs/16_metrics.ipynb #c015c9f0
-def wilson(
-    hits:int,
-    n:int,
-)->tuple:  # (low, high) in [0, 1]
-    """Wilson's 95% interval of a proportion; it stays inside [0, 1] and is not empty at 0 or 100%."""
+# %% ../nbs/16_metrics.ipynb #cc15a4b7
+def wilson(hits:int, n:int)->tuple:
+    """Wilson's 95% interval (low, high) of a proportion; it stays inside [0, 1] and is not empty at 0 or 100%."""
     if n == 0: return 0.0, 1.0
     p, z = hits / n, 1.96
     middle, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -57,32 +54,24 @@ def wilson(
 def bootstrap(
     statistic:Callable,  # (indices of questions) -> number
     n:int,               # Questions
-    repeats:int=500,
 )->tuple:                # (low, high)
-    """95% interval of any score: compute it on questions drawn with replacement. Repeatable."""
+    """95% interval of any score: compute it 500 times on questions drawn with replacement. Repeatable."""
     if n == 0: return 0.0, 1.0
     rng = np.random.default_rng(0)
-    low, high = np.quantile([statistic(rng.integers(n, size=n)) for _ in range(repeats)], [0.025, 0.975])
+    low, high = np.quantile([statistic(rng.integers(n, size=n)) for _ in range(500)], [0.025, 0.975])
     return float(low), float(high)
 
 
-def proportion(
-    hits,               # List of bool, one per question
-    chance=None,
-    baseline=None,
-)->Score:
-    """The share of questions answered rightly."""
+def proportion(hits, chance=None, baseline=None)->Score:
+    """The share of questions answered rightly; `hits` is a list of bool, one per question."""
     k, n = int(np.sum(hits)), len(hits)
     return Score(ratio(k, n), n, chance, baseline, wilson(k, n))
 
 
-def average(
-    values,             # Numbers in [0, 1], one per question
-    baseline=None,      # The same of a rule that does not look
-)->Score:
-    """Their mean."""
-    values, blind = np.asarray(values, np.float64), None if baseline is None else float(np.mean(baseline))
-    return Score(ratio(values.sum(), len(values)), len(values), None, blind, bootstrap(lambda i: values[i].mean(), len(values)))
+def average(values, baseline=None)->Score:
+    """The mean of `values` in [0, 1], one per question; `baseline` holds those of a rule that does not look."""
+    values, n, blind = np.asarray(values), len(values), None if baseline is None else float(np.mean(baseline))
+    return Score(ratio(values.sum(), n), n, None, blind, bootstrap(lambda i: values[i].mean(), n))
 
 # %% ../nbs/16_metrics.ipynb #aad7afb0
 def paired_iou(
@@ -115,20 +104,17 @@ def rec_score(
               "mean box acc@0.5": at(mean, .5), "best box acc@0.5": at(best, .5)}
     return {f"{name}/{key}": score for key, score in scores.items()}
 
-# %% ../nbs/16_metrics.ipynb #3c47d4d0
+# %% ../nbs/16_metrics.ipynb #f8fc28f0
 WORDS = re.compile(r"[^\W_]+")
-
 
 def plain(text:str)->str:
     """Lower-case words without a leading article: "A red disc." -> "red disc"."""
     words = WORDS.findall(text.lower())
     return " ".join(words[1:] if words[:1] and words[0] in ("a", "an", "the") else words)
 
-
 def same_name(answer:str, name:str)->bool:
     """The answer is the name, with or without an article: the rule for short answers."""
     return plain(answer) == plain(name)
-
 
 def mentions_name(answer:str, name:str)->bool:
     """The name's words stand in the answer, outside "not ..." and "no ...": the released rule, for long answers."""
@@ -157,24 +143,23 @@ def referring_score(
             f"{name}/macro accuracy": Score(macro(hits, ids), len(classes), uniform, macro(blind, ids),
                                             bootstrap(lambda i: macro(hits[i], ids[i]), len(hits)))}
 
-# %% ../nbs/16_metrics.ipynb #6066f862
+# %% ../nbs/16_metrics.ipynb #cf0c9e4c
 def first_word(text:str)->bool|None:
     """True for "Yes ...", False for "No ...", None for anything else (always wrong)."""
     return {"yes": True, "no": False}.get(plain(text).split(" ")[0])
-
 
 def pope_rule(text:str)->bool:
     """POPE's released rule: "No", "no" or "not" as a word of the first sentence means no, all else yes."""
     return not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" "))
 
-# %% ../nbs/16_metrics.ipynb #ebae5cde
+# %% ../nbs/16_metrics.ipynb #0894ef7f
 def existence_score(
     answers,                  # Answers to "Is there a blue ring?"
     truth,                    # List of bool
     rule:Callable=first_word, # `first_word` or `pope_rule`
     name:str="existence",
 )->dict:                      # "existence/accuracy", ... -> `Score`
-    """POPE's five numbers. `chance` tosses a coin, `baseline` always says yes (accuracy: the more frequent of yes and no)."""
+    """POPE's five numbers. `chance` tosses a coin, `baseline` always says yes (accuracy: the better of yes and no)."""
     check_lengths(answers=answers, truth=truth)
     said, truth = [rule(a) for a in answers], np.asarray(truth, bool)
     yes, n, share = np.array([s is True for s in said], bool), len(truth), ratio(truth.sum(), len(truth))
@@ -186,14 +171,13 @@ def existence_score(
               "yes ratio": proportion(yes, 0.5, 1.0)}
     return {f"{name}/{key}": score for key, score in scores.items()}
 
-# %% ../nbs/16_metrics.ipynb #91185e16
+# %% ../nbs/16_metrics.ipynb #41219fdd
 def match_pairs(
     allowed, # `(m, n)` bool: prediction i may be paired with truth j
 )->list:     # (i, j) pairs, as many as possible, each row and column used once
     """Largest matching, by augmenting paths."""
     fits = [np.flatnonzero(row).tolist() for row in np.asarray(allowed, bool)]
     owner = {}  # truth j -> prediction i
-
     def place(i, tried):
         for j in fits[i]:
             if j in tried: continue
@@ -202,7 +186,6 @@ def match_pairs(
                 owner[j] = i
                 return True
         return False
-
     for i in range(len(fits)): place(i, set())
     return sorted((i, j) for j, i in owner.items())
 
@@ -228,20 +211,20 @@ def description_score(
             f"{name}/recall": Score(ratio(hit, true), true, interval=wilson(hit, true)),
             f"{name}/F1": Score(f1(slice(None)), len(truth), interval=bootstrap(f1, len(truth)))}
 
-# %% ../nbs/16_metrics.ipynb #985f25a3
+# %% ../nbs/16_metrics.ipynb #cbc8dbff
 def over_seeds(
     runs, # List of dicts name -> `Score`, one per training seed
 )->dict:  # name -> `Score`: the mean, with the standard deviation as `spread`
     """Several trainings as one table; one training stays as it is."""
     if not runs: raise ValueError("no runs to average: give at least one dict of scores")
-    if any(r.keys() != runs[0].keys() for r in runs): raise ValueError("the runs hold different scores: score all alike")
+    if any(r.keys() != runs[0].keys() for r in runs[1:]): raise ValueError("runs with different scores: score all alike")
     if len(runs) == 1: return dict(runs[0])
     values = {key: [r[key].value for r in runs] for key in runs[0]}
-    return {key: replace(score, value=float(np.mean(values[key])), interval=None, spread=float(np.std(values[key], ddof=1)),
-                         seeds=len(runs)) for key, score in runs[0].items()}
+    return {key: replace(runs[0][key], value=float(np.mean(v)), interval=None, spread=float(np.std(v, ddof=1)),
+                         seeds=len(runs)) for key, v in values.items()}
 
 
-COLUMNS = ("score", "%", "95%, or ± over seeds", "chance", "baseline", "n")
+COLUMNS = ("score", "%", "95% or ± seeds", "chance", "baseline", "n")
 
 
 def score_row(key:str, score:Score)->tuple:
@@ -255,7 +238,6 @@ def score_row(key:str, score:Score)->tuple:
 def score_table(scores:dict, title:str|None=None):
     """A `rich` table for the terminal."""
     from rich.table import Table  # here, because nothing else needs it
-
     table = Table(title=title)
     for column in COLUMNS: table.add_column(column, justify="left" if column == "score" else "right")
     for key, score in scores.items(): table.add_row(*score_row(key, score))

@@ -224,9 +224,10 @@ def _write(ax, lines, size=8.0):
                         zorder=6 if color else 7)
             x += _text_width(text, size) + 1.0 * bool(color)
 
-# %% ../nbs/05_plotting.ipynb #d8afc3ba
+# %% ../nbs/05_plotting.ipynb #069891c7
 def _draw_boxes(ax, boxes, labels, colors, taken):
     for (x1, y1, x2, y2), label, color in zip(boxes, labels, colors):
+        if not np.isfinite([x1, y1, x2, y2]).all(): continue
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=2.2,
                                path_effects=_halo("white", 3.4), zorder=3))
         _label(ax, (x1, y1, x2, y2), label, color, taken)

@@ -133,7 +133,7 @@ class ExampleEncoder(ProcessorSettings):
         return BatchFeature({"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
                              **pad_examples(examples, pad, **padding)})
 
-# %% ../nbs/09_processor.ipynb #b8b8303f
+# %% ../nbs/09_processor.ipynb #b50c7d19
 def as_dialogue(text, regions):
     """A question with its regions as a dialogue of one turn; a dialogue as it is."""
     if not isinstance(text, Dialogue): return Dialogue([Turn("user", text)], list(regions or []))
@@ -171,7 +171,7 @@ class FerretProcessor(ExampleEncoder):
         examples, rngs = [], [None] * len(records) if rngs is None else rngs
         for i, (record, image, rng) in enumerate(zip(records, images, rngs, strict=True)):
             where, size = f"record {record.id or i}", (record.width, record.height)
-            if image.size != size: raise ValueError(f"{where} says {size}, its image is {image.size}: correct the record")
+            if image.size != size: raise ValueError(f"{where} says {size}, the image is {image.size}: correct it")
             try: examples.append(self.encode_example(image, record.dialogues, rng, max_length=max_length))
             except ValueError as e: raise ValueError(f"{where}: {e}") from e
         return self.make_batch(images, examples, length=max_length, train=True)

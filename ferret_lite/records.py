@@ -79,7 +79,7 @@ class Where(NamedTuple):
 
     def error(self, problem: str) -> ValueError: return ValueError(f"{self}: {problem}")
 
-# %% ../nbs/06_records.ipynb #4ed7bd06
+# %% ../nbs/06_records.ipynb #83297bbf
 def _check_string(text, where):
     if not isinstance(text, str): raise where.error(f"is {text!r:.40}; give a text")
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -92,11 +92,12 @@ def _check_turn(turn, regions, where):
     if not turn.text.strip(): raise where.error("is empty; write what is said")
     for almost in _ALMOST.findall(turn.text):
         if not PLACEHOLDER.fullmatch(almost):
-            raise where.error(f"{almost!r} is no placeholder; write [region0], [region0:coordinates] or [region0:feature]")
+            raise where.error(f"{almost!r} is no placeholder; write [region0], [region0:coordinates]"
+                              " or [region0:feature]")
     for index, form, *_ in find_placeholders(turn.text):
         if index >= len(regions):
-            raise where.error(f"mentions [region{index}], but the dialogue has {len(regions)} region(s), counted from 0;"
-                              " add the region or correct the number")
+            raise where.error(f"mentions [region{index}], but the dialogue has {len(regions)} region(s),"
+                              " counted from 0; add the region or correct the number")
         if turn.role == "assistant" and (form == "feature" or isinstance(regions[index], Point)):
             raise where.error(f"an answer gives boxes, and [region{index}] is a {form or 'point'};"
                               " mention a Box or FreeForm, without ':feature'")
@@ -145,14 +146,15 @@ def check_record(
         check_dialogue(dialogue, record.width, record.height, where/"dialogues"/i)
     return record
 
-# %% ../nbs/06_records.ipynb #dba723d4
+# %% ../nbs/06_records.ipynb #d52b7b5f
 def record_to_dict(
     record: Record,
 ) -> dict:  # Of plain JSON types
     """The record as it is written."""
     dialogues = [dict(task=d.task, turns=[asdict(t) for t in d.turns], regions=[region_to_dict(r) for r in d.regions])
                  for d in record.dialogues]
-    return dict(id=record.id, image=record.image, width=int(record.width), height=int(record.height), dialogues=dialogues)
+    width, height = int(record.width), int(record.height)
+    return dict(id=record.id, image=record.image, width=width, height=height, dialogues=dialogues)
 
 # %% ../nbs/06_records.ipynb #33aecb6d
 def _fields(d, where, required, optional=()):
@@ -187,7 +189,7 @@ def record_from_dict(
     dialogues = [_dialogue_from_dict(x, at) for x, at in _each(d, "dialogues", where)]
     return check_record(Record(d["image"], d["width"], d["height"], dialogues, d.get("id", "")), where)
 
-# %% ../nbs/06_records.ipynb #cc4d7be5
+# %% ../nbs/06_records.ipynb #2cc3d0ce
 def _no_constant(name): raise ValueError(f"{name} is no JSON number")
 
 def _parse_line(line, where):
@@ -209,7 +211,7 @@ def _stream(path, skipped):
 
 def read_records(
     path: str | Path,  # A JSON Lines file
-    skipped: list | None = None,  # A list to collect the errors of bad lines, which are left out; None: the first raises
+    skipped: list | None = None,  # Collects the errors of bad lines, which are left out; None: the first raises
 ) -> Iterator[Record]:  # One at a time, never the whole file
     """Read and check records. Raises `FileNotFoundError` at once, `ValueError` naming file, line and field later."""
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; give a JSON Lines file of records")
