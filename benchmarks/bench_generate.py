@@ -11,28 +11,27 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers
+import yaml
 
-from ferret_lite.data import SceneExamples, make_questions, tiny_processor
+from ferret_lite.data import FerretDataModule, SceneExamples, make_questions
 from ferret_lite.model import FerretForConditionalGeneration, answer
 from ferret_lite.processor import FerretProcessor
-from ferret_lite.tasks import world_texts
 from ferret_lite.training import build_model
 
 THREADS, BATCH, TOKENS = 2, 16, 24
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 TASKS = ("locate", "refer_box", "refer_point", "refer_free_form", "exists")
 
 
 def make_model():
-    "Processor and model of configs/tiny.yaml's sizes, with random weights."
-    processor = tiny_processor(list(world_texts()), image_size=64, image_length=64, num_points=128, point_radius=1.0)
-    text = dict(model_type="llama", hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
-                max_position_embeddings=512)
-    model = build_model(processor, dict(model_type="ferret_lite_vision"), text, vision_feature_layer=-1,
-                        vision_feature_select_strategy="full", region_feature_layers=[0, -1], region_feature_dim=192,
-                        sampler_num_points=[128, 32, 8])
+    "Processor and model of configs/tiny.yaml, with random weights."
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    processor = FerretDataModule(**config["data"]).processor
+    model = build_model(processor, *(config["model"][name] for name in ("vision", "text")), **config["model"]["ferret"])
     return processor, model.eval()
 
 

@@ -138,8 +138,8 @@ def compare(name, threads, backward, rounds):
 
 
 def main(rounds, threads):
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-          f"{threads} of {os.cpu_count()} cores, float32, {'wall' if threads > 1 else 'CPU'} time, best of {rounds} rounds")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {threads} thread(s) on "
+          f"{os.cpu_count()} cores, float32; {'wall' if threads > 1 else 'CPU'} time, best of {rounds} rounds")
     for name, size in SIZES.items():
         print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in size.items()) + ", k 24")
         for backward in (False, True): compare(name, threads, backward, rounds)

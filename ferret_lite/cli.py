@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'FLAGS', 'usage', 'one_line', 'UsageError', 'OneLineParser', 'ask_parser', 'join_flags', 'read_region',
-           'check_mentions', 'newest_model', 'load_model', 'save_model', 'ask', 'give_answer', 'draw_answer',
-           'evaluate', 'test', 'find_checkpoint', 'read_checkpoint', 'add_options', 'run_defaults', 'train',
-           'checkpoint_of', 'fit', 'validate', 'test_checkpoint', 'predict', 'run', 'main']
+           'check_mentions', 'newest_model', 'load_model', 'save_model', 'add_options', 'make_loggers', 'make_bar',
+           'find_checkpoint', 'read_checkpoint', 'checkpoint_of', 'fit', 'validate', 'test_checkpoint', 'predict',
+           'train', 'ask', 'give_answer', 'draw_answer', 'evaluate', 'test', 'run', 'main']
 
 # %% ../nbs/21_cli.ipynb #cb919c65
 import argparse
@@ -85,7 +85,7 @@ def join_flags(
         words.append(word if value is None else f"{word}={value}")
     return words
 
-# %% ../nbs/21_cli.ipynb #29e52679
+# %% ../nbs/21_cli.ipynb #b5075f37
 def read_region(
     flag,      # a key of `FLAGS`
     text,      # what follows it
@@ -117,6 +117,7 @@ def read_region(
 def check_mentions(question, regions):
     """Raise `ValueError` unless question and region flags fit each other."""
     from ferret_lite.records import find_placeholders
+    if not question.strip(): raise ValueError("the question is empty: write one, such as 'What is [region0]?'")
     used = {p.index for p in find_placeholders(question)}
     for i in sorted(used):
         if i >= len(regions): raise ValueError(f"the question mentions [region{i}], but there are {len(regions)} region "
@@ -166,75 +167,36 @@ def save_model(model, processor, folder):
     finally:
         for left in (part, old): shutil.rmtree(left, ignore_errors=True)
 
-# %% ../nbs/21_cli.ipynb #5549d057
-def ask(argv):
-    """`ferret-lite ask`: everything is checked before the model is loaded."""
-    args = ask_parser().parse_args(join_flags(argv))
-    from ferret_lite.records import open_image
-    from ferret_lite.regions import region_to_dict
+# %% ../nbs/21_cli.ipynb #21916b1e
+def add_options(parser):
+    """What ties model, data and trainer together, and the options that are neither's."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    for name in ("stages", "processor", "words"): parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+    parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+    parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root)/"checkpoints"))
+    parser.set_defaults({"checkpoint.every_n_train_steps": 500, "checkpoint.save_last": True, "checkpoint.filename": "{step}",
+                         "checkpoint.enable_version_counter": False})
+    parser.add_argument("--report.num", type=int, default=1000, help="Questions of each set after training; 0 leaves the test out.")
+    parser.add_argument("--report.seed", type=int, default=0, help="Of the questions.")
 
-    image, flags = open_image(args.image), args.regions or []
-    regions = [read_region(flag, text, image.size, args.pen_width) for flag, text in flags]
-    check_mentions(args.question, flags)
-    out = args.out or (None if args.json else "answer.png")
-    if out and Path(out).exists() and os.path.samefile(out, args.image):
-        raise ValueError(f"--out {out} is the image itself: choose another name")
-    folder = args.model or newest_model()
-    text, boxes = give_answer(*load_model(folder), image, args.question, regions)
-    if out: draw_answer(out, image, args.question, regions, text, boxes)
-    if args.json:
-        print(json.dumps({"image": args.image, "model": str(folder), "question": args.question,
-                          "regions": [region_to_dict(r) for r in regions], "answer": text,
-                          "boxes": [{"phrase": phrase, "box": box} for phrase, box in boxes]}))
-        return
-    print(text)
-    for phrase, box in boxes: print(f"  {phrase}: {', '.join(f'{v:.1f}' for v in box)}")
-    print(f"drawn in {out}")
+# %% ../nbs/21_cli.ipynb #2713b596
+def make_loggers(root):
+    """A table and TensorBoard's file, side by side in `logs/version_0`; the next start of the run writes `version_1`."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    csv = CSVLogger(root, name="logs")
+    return [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
 
 
-def give_answer(model, processor, image, question, regions):
-    """The answer and its (phrase, box in pixels)."""
-    from ferret_lite.grounding import parse_answer, phrase_boxes_px
-    from ferret_lite.model import answer
-    text, = answer(model, processor, processor([image], [question], [regions]))
-    boxes = phrase_boxes_px(parse_answer(text, num_bins=processor.num_bins), *image.size, processor.num_bins, processor.rule)
-    return text, [(phrase, [round(float(v), 2) for v in box]) for phrase, box in boxes]
+def make_bar():
+    """A progress bar with the losses and the scores so far; plain where the output is no terminal."""
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+    terminal = sys.stderr.isatty() and sys.stdout.isatty()
 
-
-def draw_answer(out, image, question, regions, text, boxes):
-    """Regions and boxes over the image."""
-    from ferret_lite.plotting import save_figure, show_answer
-    ax = show_answer(image, text, [box for _, box in boxes], [phrase for phrase, _ in boxes], regions, question=question)
-    save_figure(ax.figure, out)
-
-# %% ../nbs/21_cli.ipynb #9b608fb9
-def evaluate(argv):
-    """`ferret-lite evaluate`: the test with a saved model."""
-    parser = OneLineParser("ferret-lite evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
-    parser.add_argument("--model", metavar="DIR", help="a folder that training saved; default: the newest runs/*/model")
-    parser.add_argument("--out", metavar="DIR", required=True, help="gets the scores, the answers and a picture of some")
-    parser.add_argument("--num", type=int, default=1000, help="questions of each set, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions")
-    parser.add_argument("--part", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--data.format", dest="format", choices=("scenes", "voc", "coco"), default="scenes")
-    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the folder of the files")
-    parser.add_argument("--data.splits", dest="splits", nargs=3, metavar=("TRAIN", "VAL", "TEST"), default=["train", "val", "test"])
-    args = parser.parse_args(argv)
-    folder = args.model or newest_model()
-    model, processor = load_model(folder)
-    from ferret_lite.data import FerretDataModule
-    data = FerretDataModule([], format=args.format, root=args.root, splits=args.splits)
-    test(model, processor, data, args.out, f"{folder}, {args.part} split", num=args.num, seed=args.seed, part=args.part)
-
-
-def test(model, processor, data, out_dir, title, **settings):
-    """Score, print the table, say where the pictures lie."""
-    from rich.console import Console
-    from ferret_lite.evaluate import report
-    from ferret_lite.metrics import score_table
-    scores = report(model, processor, data, out_dir, progress=sys.stderr.isatty(), **settings)
-    Console(width=None if sys.stdout.isatty() else 110).print(score_table(scores, title))
-    print(f"16 of the answers: {Path(out_dir)/'answers.png'}; all of them: {Path(out_dir)/'answers.jsonl'}")
+    class ScoresBar(RichProgressBar if terminal else TQDMProgressBar):
+        def get_metrics(self, trainer, module):
+            metrics = super().get_metrics(trainer, module)
+            return {name.split("/", 1)[-1].removesuffix("/right"): metrics[name] for name in metrics if name != "v_num"}
+    return ScoresBar(refresh_rate=10 if terminal else 50)
 
 # %% ../nbs/21_cli.ipynb #6e4e781f
 def find_checkpoint(
@@ -265,63 +227,6 @@ def read_checkpoint(
         if have != need: raise ValueError(f"{path}: holds {have} for {name}, this model needs {need}; use the config that "
                                           "the checkpoint was trained with (config.yaml in the run's folder of logs)")
     return weights
-
-# %% ../nbs/21_cli.ipynb #21916b1e
-def add_options(parser):
-    """What ties model, data and trainer together, and the options that are neither's."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    for name in ("stages", "processor", "words"): parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-    parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-    parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=lambda root: str(Path(root)/"checkpoints"))
-    parser.set_defaults({"checkpoint.every_n_train_steps": 500, "checkpoint.save_last": True, "checkpoint.filename": "{step}",
-                         "checkpoint.enable_version_counter": False})
-    parser.add_argument("--report.num", type=int, default=1000, help="Questions of each set after training; 0 leaves the test out.")
-    parser.add_argument("--report.seed", type=int, default=0, help="Of the questions.")
-
-# %% ../nbs/21_cli.ipynb #8808ab54
-def run_defaults(root):
-    """Loggers and the progress bar of a run whose files lie in `root`."""
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-    Bar = RichProgressBar if sys.stderr.isatty() and sys.stdout.isatty() else TQDMProgressBar
-
-    class ScoresBar(Bar):
-        def get_metrics(self, trainer, module):
-            metrics = super().get_metrics(trainer, module)
-            metrics.pop("v_num", None)
-            return {name.split("/", 1)[-1].removesuffix("/right"): value for name, value in metrics.items()}
-    csv = CSVLogger(root, name="logs")
-    bar = ScoresBar(refresh_rate=10 if Bar is RichProgressBar else 50)
-    return {"logger": [csv, TensorBoardLogger(root, name="logs", version=csv.version)], "callbacks": [bar]}
-
-# %% ../nbs/21_cli.ipynb #8417180a
-def train(argv):
-    """`ferret-lite fit|validate|test|predict`: Lightning's command line for our two classes."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*dataloader is not resumable.*",
-                    ".*isinstance.treespec, LeafSpec.*"): warnings.filterwarnings("ignore", message=message)
-    from lightning.pytorch.cli import LightningCLI
-    from ferret_lite.data import FerretDataModule
-    from ferret_lite.training import FerretModule
-
-    class FerretCLI(LightningCLI):
-        add_arguments_to_parser = staticmethod(add_options)
-        def _parse_ckpt_path(self): pass  # Lightning would let the checkpoint's settings win over the config's, silently
-
-        def instantiate_trainer(self, **kwargs):
-            given = self.config_init[self.subcommand].trainer
-            defaults = run_defaults(given.default_root_dir)
-            defaults["callbacks"] += given.callbacks or []
-            if given.logger is not None: del defaults["logger"]
-            if given.max_steps < 0: defaults["max_steps"] = sum(stage.steps for stage in self.datamodule.stages)
-            return super().instantiate_trainer(**defaults, **kwargs)
-    for command in (fit, validate, test_checkpoint, predict): setattr(FerretCLI, command.__name__.split("_")[0], command)
-    FerretCLI(FerretModule, FerretDataModule, args=argv, seed_everything_default=0, save_config_kwargs={"overwrite": True},
-              parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in FerretCLI.subcommands()}},
-              trainer_defaults={"default_root_dir": "runs/ferret", "max_epochs": -1, "gradient_clip_val": 1.0,
-                                "check_val_every_n_epoch": None, "val_check_interval": 500, "num_sanity_val_steps": 0,
-                                "enable_model_summary": False, "use_distributed_sampler": False})
 
 # %% ../nbs/21_cli.ipynb #c27c4d27
 def checkpoint_of(cli, module, path):
@@ -364,12 +269,114 @@ def predict(cli, model, datamodule, ckpt_path=None, **kwargs):
     answer_questions(model.model, model.processor, questions, out=root/"predictions.jsonl", progress=sys.stderr.isatty())
     print(f"answers: {root/'predictions.jsonl'}")
 
-# %% ../nbs/21_cli.ipynb #9fd6e4ae
+# %% ../nbs/21_cli.ipynb #a32b2851
+def train(argv):
+    """`ferret-lite fit|validate|test|predict`: Lightning's command line for our two classes."""
+    for message in (".*does not have many workers", ".*exists and is not empty", ".*dataloader is not resumable",
+                    "LightningCLI's args parameter", "You have overridden `transfer_batch", ".*isinstance.treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=message)
+    import logging
+    from lightning.pytorch.cli import LightningCLI
+    for name in ("lightning.pytorch", "lightning.fabric"): logging.getLogger(name).setLevel(logging.WARNING)
+    from ferret_lite.data import FerretDataModule
+    from ferret_lite.training import FerretModule
+
+    class FerretCLI(LightningCLI):
+        add_arguments_to_parser = staticmethod(add_options)
+        def _parse_ckpt_path(self): pass  # Lightning would let the checkpoint's settings win over the config's, silently
+
+        def instantiate_trainer(self, **kwargs):
+            given = self.config_init[self.subcommand].trainer
+            if given.max_steps < 0: kwargs["max_steps"] = sum(stage.steps for stage in self.datamodule.stages)
+            if given.logger is None: kwargs["logger"] = make_loggers(given.default_root_dir)
+            if given.enable_progress_bar is not False: kwargs["callbacks"] = [make_bar(), *(given.callbacks or [])]
+            return super().instantiate_trainer(**kwargs)
+    for command in (fit, validate, test_checkpoint, predict): setattr(FerretCLI, command.__name__.split("_")[0], command)
+    FerretCLI(FerretModule, FerretDataModule, args=argv, seed_everything_default=0, save_config_kwargs={"overwrite": True},
+              parser_kwargs={"exit_on_error": False, **{name: {"exit_on_error": False} for name in FerretCLI.subcommands()}},
+              trainer_defaults={"default_root_dir": "runs/ferret", "max_epochs": -1, "gradient_clip_val": 1.0,
+                                "check_val_every_n_epoch": None, "val_check_interval": 500, "num_sanity_val_steps": 0,
+                                "enable_model_summary": False, "use_distributed_sampler": False})
+
+# %% ../nbs/21_cli.ipynb #b6db75ae
+def ask(argv):
+    """`ferret-lite ask`: everything is checked before the model is loaded."""
+    args = ask_parser().parse_args(join_flags(argv))
+    from ferret_lite.records import open_image
+    from ferret_lite.regions import region_to_dict
+
+    image, flags = open_image(args.image), args.regions or []
+    regions = [read_region(flag, text, image.size, args.pen_width) for flag, text in flags]
+    check_mentions(args.question, flags)
+    out = args.out or (None if args.json else "answer.png")
+    if out and Path(out).exists() and os.path.samefile(out, args.image):
+        raise ValueError(f"--out {out} is the image itself: choose another name")
+    folder = args.model or newest_model()
+    text, boxes = give_answer(*load_model(folder), image, args.question, regions)
+    if out: draw_answer(out, image, args.question, regions, text, boxes)
+    if args.json:
+        print(json.dumps({"image": args.image, "model": str(folder), "question": args.question,
+                          "regions": [region_to_dict(r) for r in regions], "answer": text,
+                          "boxes": [{"phrase": phrase, "box": box} for phrase, box in boxes]}))
+        return
+    print(text)
+    for phrase, box in boxes: print(f"  {phrase}: {', '.join(f'{v:.1f}' for v in box)}")
+    print(f"drawn in {out}")
+
+
+def give_answer(model, processor, image, question, regions):
+    """The answer and its (phrase, box in pixels)."""
+    from ferret_lite.grounding import parse_answer, phrase_boxes_px
+    from ferret_lite.model import answer
+    text, = answer(model, processor, processor([image], [question], [regions]))
+    boxes = phrase_boxes_px(parse_answer(text, num_bins=processor.num_bins), *image.size, processor.num_bins, processor.rule)
+    return text, [(phrase, [round(float(v), 2) for v in box]) for phrase, box in boxes]
+
+
+def draw_answer(out, image, question, regions, text, boxes):
+    """Regions and boxes over the image."""
+    from matplotlib.pyplot import close
+    from ferret_lite.plotting import save_figure, show_answer
+    ax = show_answer(image, text, [box for _, box in boxes], [phrase for phrase, _ in boxes], regions, question=question)
+    save_figure(ax.figure, out)
+    close(ax.figure)
+
+# %% ../nbs/21_cli.ipynb #9b608fb9
+def evaluate(argv):
+    """`ferret-lite evaluate`: the test with a saved model."""
+    parser = OneLineParser("ferret-lite evaluate", description=COMMANDS["evaluate"], allow_abbrev=False)
+    parser.add_argument("--model", metavar="DIR", help="a folder that training saved; default: the newest runs/*/model")
+    parser.add_argument("--out", metavar="DIR", required=True, help="gets the scores, the answers and a picture of some")
+    parser.add_argument("--num", type=int, default=1000, help="questions of each set, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument("--part", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--data.format", dest="format", choices=("scenes", "voc", "coco"), default="scenes")
+    parser.add_argument("--data.root", dest="root", metavar="DIR", help="the folder of the files")
+    parser.add_argument("--data.splits", dest="splits", nargs=3, metavar=("TRAIN", "VAL", "TEST"), default=["train", "val", "test"])
+    args = parser.parse_args(argv)
+    folder = args.model or newest_model()
+    model, processor = load_model(folder)
+    from ferret_lite.data import FerretDataModule
+    data = FerretDataModule([], format=args.format, root=args.root, splits=args.splits)
+    test(model, processor, data, args.out, f"{folder}, {args.part} split", num=args.num, seed=args.seed, part=args.part)
+
+
+def test(model, processor, data, out_dir, title, **settings):
+    """Score, print the table, say where the pictures lie."""
+    from rich.console import Console
+    from ferret_lite.evaluate import report
+    from ferret_lite.metrics import score_table
+    scores = report(model, processor, data, out_dir, progress=sys.stderr.isatty(), **settings)
+    Console(width=None if sys.stdout.isatty() else 110).print(score_table(scores, title))
+    print(f"16 of the answers: {Path(out_dir)/'answers.png'}; all of them: {Path(out_dir)/'answers.jsonl'}")
+
+# %% ../nbs/21_cli.ipynb #9b05acec
 def run(argv):
     """Hand the command line to its command."""
     if not argv or argv[0] in ("-h", "--help"): return print(usage())
     if argv[0] not in COMMANDS: raise UsageError(f"unknown command {argv[0]!r}: use one of {', '.join(COMMANDS)}")
-    os.environ.setdefault("MPLBACKEND", "agg")
+    for name, value in {"MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items(): os.environ.setdefault(name, value)
     if argv[0] == "ask": return ask(argv[1:])
     if argv[0] == "evaluate": return evaluate(argv[1:])
     train(argv)

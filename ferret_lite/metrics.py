@@ -211,13 +211,13 @@ def description_score(
             f"{name}/recall": Score(ratio(hit, true), true, interval=wilson(hit, true)),
             f"{name}/F1": Score(f1(slice(None)), len(truth), interval=bootstrap(f1, len(truth)))}
 
-# %% ../nbs/16_metrics.ipynb #cbc8dbff
+# %% ../nbs/16_metrics.ipynb #6f0c13cd
 def over_seeds(
     runs, # List of dicts name -> `Score`, one per training seed
 )->dict:  # name -> `Score`: the mean, with the standard deviation as `spread`
     """Several trainings as one table; one training stays as it is."""
     if not runs: raise ValueError("no runs to average: give at least one dict of scores")
-    if any(r.keys() != runs[0].keys() for r in runs[1:]): raise ValueError("runs with different scores: score all alike")
+    if any(r.keys() != runs[0].keys() for r in runs): raise ValueError("runs with different scores: score all alike")
     if len(runs) == 1: return dict(runs[0])
     values = {key: [r[key].value for r in runs] for key in runs[0]}
     return {key: replace(runs[0][key], value=float(np.mean(v)), interval=None, spread=float(np.std(v, ddof=1)),

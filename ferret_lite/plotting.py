@@ -25,7 +25,7 @@ from matplotlib.textpath import text_to_path
 
 from .regions import Box, Point, region_coords, region_mask
 
-# %% ../nbs/05_plotting.ipynb #b8c9b101
+# %% ../nbs/05_plotting.ipynb #b654960a
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, less the yellow
 ASKED = "#F0E442"  # their yellow: regions that a question asks about
 INK, FAINT, RIGHT, WRONG = "#222222", "#666666", "#00664B", "#A63A00"
@@ -33,6 +33,8 @@ INK, FAINT, RIGHT, WRONG = "#222222", "#666666", "#00664B", "#A63A00"
 def _ink_on(color):
     "Black or white, whichever is legible on `color`."
     return "white" if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) < 0.55 else "black"
+
+def _tint(color): return tuple(0.6 + 0.4 * c for c in to_rgb(color))
 
 def _halo(color, width=3.0): return [withStroke(linewidth=width, foreground=color)]
 
@@ -95,12 +97,12 @@ def _unit(ax):
     ax.apply_aspect()
     return ax.get_xlim()[1] / (ax.get_position().width * ax.figure.get_figwidth() * 72)
 
-# %% ../nbs/05_plotting.ipynb #5170b58a
+# %% ../nbs/05_plotting.ipynb #f56ca383
 def _draw_mask(ax, mask, color):
     "Tint the mask's pixels and follow their edges exactly."
     h, w = mask.shape
     tint = np.zeros((h, w, 4))
-    tint[mask] = *to_rgb(color), 0.3
+    tint[mask] = *to_rgb(color), 0.22
     ax.imshow(tint, extent=(0, w, h, 0), interpolation="nearest", zorder=2)
     padded = np.pad(mask, 1)
     down, across = np.argwhere(padded[1:, 1:] != padded[:-1, 1:]), np.argwhere(padded[1:, 1:] != padded[1:, :-1])
@@ -182,7 +184,7 @@ def show_knn(
     ax.scatter(*starts.T, s=30, marker="D", color="#D55E00", edgecolors="white", linewidths=0.8, zorder=5)
     return ax
 
-# %% ../nbs/05_plotting.ipynb #e76e1f66
+# %% ../nbs/05_plotting.ipynb #59c5e0a6
 def _wrap(text, marks, width, size, max_lines):
     "Break a text, marked with (start, end, colour), into lines of `width` points: lists of [piece, colour or None]."
     color_at = [None] * len(text)
@@ -212,17 +214,17 @@ def _caption(question, answer, phrases, width, size=8.0):
 
 def _write(ax, lines, size=8.0):
     "Write a caption below the axes; a coloured piece stands on a tint of its colour."
-    y = -5.0
+    y, blank = -5.0, _text_width(" ", size)
     for height, pieces, ink in lines:
-        x, y = 1.0, y - height
+        y, gap, last = y - height, 1.0, None
         for text, color in pieces:
-            tint = [0.6 + 0.4 * c for c in to_rgb(color)] if color else None
-            ground = dict(boxstyle="square,pad=0.1", facecolor=tint, edgecolor="none") if color else None
-            blank = _text_width(" ", size) * (len(text) - len(text.lstrip()))  # matplotlib drops it
-            ax.annotate(text.strip(), (0, 0), (x + blank, y), "axes fraction", textcoords="offset points",
-                        fontsize=size, color=ink, bbox=ground, parse_math=False, annotation_clip=False,
-                        zorder=6 if color else 7)
-            x += _text_width(text, size) + 1.0 * bool(color)
+            gap += blank * (len(text) - len(text.lstrip()))
+            if not text.strip(): continue
+            tint = color and dict(boxstyle="square,pad=0.1", facecolor=_tint(color), edgecolor="none")
+            start = ((0, 0), (gap, y), "axes fraction") if last is None else ((1, 0), (gap, y), (last, "axes fraction"))
+            last = ax.annotate(text.strip(), *start, textcoords="offset points", fontsize=size, color=ink, bbox=tint,
+                               parse_math=False, annotation_clip=False, zorder=6 if color else 7)
+            gap = blank * (len(text) - len(text.rstrip())) + 0.8 * bool(color)
 
 # %% ../nbs/05_plotting.ipynb #069891c7
 def _draw_boxes(ax, boxes, labels, colors, taken):

@@ -53,8 +53,7 @@ def bilinear_features(
     out = F.grid_sample(feature_map.to(dtype), grid, padding_mode="border", align_corners=align_corners)
     return rearrange(out, "b d r n -> b r n d").to(feature_map.dtype)
 
-# %% ../nbs/03_points.ipynb #f487173a
-@torch.compiler.disable  # unrolled, its rounds would take minutes to compile
+# %% ../nbs/03_points.ipynb #57be0ad3
 @torch.no_grad()
 def fps(
     points:Tensor,      # `(r, n, 2)`

@@ -16,12 +16,22 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-STAGES = "[{loss: dense, steps: 2, batch_size: 2}, {loss: answers, steps: 4, batch_size: 2}]"
-# What makes any shipped config small enough for a test; the shapes of the model stay in proportion.
-SHRUNK = ["--data.stages", STAGES, "--data.num_workers", "0", "--data.val_questions", "1", "--report.num", "2",
-          "--trainer.val_check_interval", "3", "--trainer.log_every_n_steps", "1", "--checkpoint.every_n_train_steps", "3",
-          "--checkpoint.save_top_k=-1", "--model.compile", "false", "--trainer.enable_progress_bar", "false",
-          "--model.text.num_hidden_layers", "1", "--model.vision.num_hidden_layers", "1"]
+TINY, VOC = ROOT / "configs" / "tiny.yaml", ROOT / "configs" / "voc.yaml"
+
+
+def shrink(path, folder, root=None):
+    """A shipped config, small enough for a test: six steps, one layer, one validation question. Its path."""
+    config = yaml.safe_load(path.read_text())
+    config["trainer"] |= {"val_check_interval": 3, "log_every_n_steps": 1, "enable_progress_bar": False}
+    config["trainer"]["default_root_dir"] = str(folder)
+    config["checkpoint"] |= {"every_n_train_steps": 2, "save_top_k": -1}
+    config["data"] |= {"num_workers": 1, "val_questions": 1, "root": root and str(root)}
+    config["data"]["stages"] = [{"loss": "dense", "steps": 2, "batch_size": 2}, {"loss": "answers", "steps": 4, "batch_size": 2}]
+    config["model"]["vision"]["num_hidden_layers"] = config["model"]["text"]["num_hidden_layers"] = 1
+    config["model"]["compile"] = False
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shrunk.yaml").write_text(yaml.safe_dump(config))
+    return folder / "shrunk.yaml"
 
 
 def ferret(*words, cwd=ROOT, code=0):
@@ -47,8 +57,9 @@ def error(capsys):
     return run
 
 
-def fit(config, folder, *words):
-    return ferret("fit", "--config", config, "--trainer.default_root_dir", folder, *SHRUNK, *words)
+def fit(config, folder, *words, root=None):
+    """Train a shrunk config into `folder`; what was printed."""
+    return ferret("fit", "--config", shrink(config, folder, root), "--report.num", "2", *words)
 
 
 def losses(run, version=0):
@@ -62,7 +73,7 @@ def losses(run, version=0):
 def trained(tmp_path_factory):
     """One shrunk run of configs/tiny.yaml: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "runs" / "tiny"
-    return folder, *fit(ROOT / "configs" / "tiny.yaml", folder)
+    return folder, *fit(TINY, folder)
 
 
 @pytest.fixture
@@ -90,19 +101,19 @@ def test_help_lists_all_commands_without_loading_torch():
     (["fti"], "unknown command 'fti'"),
     (["ask"], "the following arguments are required: image, question"),
     (["ask", "a.png", "What?", "--circle", "1,2"], "unrecognized arguments: --circle"),
-    (["fit", "--config", ROOT / "configs" / "tiny.yaml", "--model.colour", "red"], "colour"),
+    (["fit", "--config", TINY, "--model.colour", "red"], "colour"),
 ])
 def test_typing_errors_are_one_line(words, part, error):
     assert part in error(*words, code=2)
 
 
 def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
-    out, err = ferret("fit", "--config", ROOT / "configs" / "voc.yaml", "--data.root", tmp_path, code=1)
+    out, err = ferret("fit", "--config", VOC, "--data.root", tmp_path, code=1)
     assert out == "" and err.count("\n") == 1 and err.startswith(f"ferret-lite: error: {tmp_path}"), err
 
 
 def test_unknown_config_key_is_named(tmp_path, error):
-    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    config = yaml.safe_load((TINY).read_text())
     config["data"]["imagesize"] = 64
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
     assert "imagesize" in error("fit", "--config", tmp_path / "typo.yaml", code=2)
@@ -123,15 +134,16 @@ def test_fit_leaves_all_it_promises(trained):
     assert sorted(losses(folder)) == [0, 1, 2, 3, 4, 5]
 
 
-def test_resumed_losses_are_those_of_an_unbroken_run(trained, tmp_path):
-    """The run is broken off after step 3: `last` is the checkpoint of that step."""
+@pytest.mark.parametrize("step", [2, 4])
+def test_resumed_losses_are_those_of_an_unbroken_run(trained, tmp_path, step):
+    """The run is broken off after a step: `last` is the checkpoint of that step."""
     folder, *_ = trained
     (tmp_path / "checkpoints").mkdir()
-    shutil.copy(folder / "checkpoints" / "step=3.ckpt", tmp_path / "checkpoints" / "last.ckpt")
-    fit(ROOT / "configs" / "tiny.yaml", tmp_path, "--ckpt_path", "last", "--report.num", "0")
+    shutil.copy(folder / "checkpoints" / f"step={step}.ckpt", tmp_path / "checkpoints" / "last.ckpt")
+    fit(TINY, tmp_path, "--ckpt_path", "last", "--report.num", "0")
     whole, rest = losses(folder), losses(tmp_path)
-    assert sorted(rest) == [3, 4, 5]
-    for step in rest: np.testing.assert_allclose(rest[step], whole[step], atol=1e-6, rtol=0)
+    assert sorted(rest) == list(range(step, 6))
+    for i in rest: np.testing.assert_allclose(rest[i], whole[i], atol=1e-6, rtol=0, err_msg=f"step {i}")
     a, b = (torch.load(run / "checkpoints" / "step=6.ckpt", weights_only=True)["state_dict"] for run in (folder, tmp_path))
     for name in a: torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=0)
 
@@ -165,15 +177,13 @@ def test_bad_checkpoints_are_refused(trained, tmp_path, kind, part, error):
         checkpoint = torch.load(trained[0] / "checkpoints" / "last.ckpt", weights_only=True)
         name = "model.mm_projector.weight"
         torch.save({**checkpoint, "state_dict": {**checkpoint["state_dict"], name: torch.zeros(3, 3)}}, path)
-    line = error("fit", "--config", ROOT / "configs" / "tiny.yaml", *SHRUNK, "--trainer.default_root_dir", tmp_path / "run",
-                 "--ckpt_path", path)
+    line = error("fit", "--config", shrink(TINY, tmp_path / "run"), "--ckpt_path", path)
     assert str(path) in line and part in line
     assert not marker.exists() and not (tmp_path / "run" / "model").exists()
 
 
 def test_last_without_a_checkpoint_is_an_error(tmp_path, error):
-    line = error("fit", "--config", ROOT / "configs" / "tiny.yaml", *SHRUNK, "--trainer.default_root_dir", tmp_path / "run",
-                 "--ckpt_path", "last")
+    line = error("fit", "--config", shrink(TINY, tmp_path), "--ckpt_path", "last")
     assert "last.ckpt: no such checkpoint" in line
 
 
@@ -283,7 +293,7 @@ def write_coco(root):
 @pytest.mark.parametrize("format", ["voc", "coco"])
 def test_fit_on_a_folder(tmp_path, format):
     {"voc": write_voc, "coco": write_coco}[format](tmp_path / "data")
-    out, _ = fit(ROOT / "configs" / "voc.yaml", tmp_path / "run", "--data.root", tmp_path / "data", "--data.format", format)
+    out, _ = fit(VOC, tmp_path / "run", "--data.format", format, root=tmp_path / "data")
     assert "refer box/macro accuracy" in out
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert "same-box/accuracy" not in scores and scores["refer box/accuracy"]["baseline"] is not None
