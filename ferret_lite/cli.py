@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'FLAGS', 'usage', 'one_line', 'UsageError', 'OneLineParser', 'ask_parser', 'join_flags', 'read_region',
-           'check_mentions', 'newest_model', 'load_model', 'save_model', 'add_options', 'make_loggers', 'make_bar',
-           'find_checkpoint', 'read_checkpoint', 'checkpoint_of', 'fit', 'validate', 'test_checkpoint', 'predict',
-           'train', 'ask', 'give_answer', 'draw_answer', 'evaluate', 'test', 'run', 'main']
+           'check_mentions', 'newest_model', 'load_model', 'save_model', 'make_loggers', 'short_metric', 'make_bar',
+           'add_options', 'find_checkpoint', 'read_checkpoint', 'checkpoint_of', 'fit', 'validate', 'test_checkpoint',
+           'predict', 'train', 'ask', 'give_answer', 'draw_answer', 'evaluate', 'test', 'run', 'main']
 
 # %% ../nbs/21_cli.ipynb #cb919c65
 import argparse
@@ -167,6 +167,33 @@ def save_model(model, processor, folder):
     finally:
         for left in (part, old): shutil.rmtree(left, ignore_errors=True)
 
+# %% ../nbs/21_cli.ipynb #46a9a63d
+def make_loggers(root):
+    """A table and TensorBoard's file, side by side in `logs/version_0`; the next start of the run writes `version_1`."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    csv = CSVLogger(root, name="logs")
+    return [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
+
+
+def short_metric(name, value):
+    """A metric as the progress bar has room for: "val/refer_point/right", 0.973 -> "point", "97%"."""
+    kind, _, rest = name.partition("/")
+    if kind != "val": return rest.removesuffix("_loss"), value
+    return rest.removesuffix("/right").removeprefix("refer_"), f"{100 * value:.0f}%"
+
+
+def make_bar():
+    """A progress bar with the losses and the scores so far; plain where the output is no terminal."""
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+    terminal = sys.stderr.isatty() and sys.stdout.isatty()
+
+    class ScoresBar(RichProgressBar if terminal else TQDMProgressBar):
+        def _get_train_description(self, epoch): return "training"
+        def get_metrics(self, trainer, module):
+            metrics = super().get_metrics(trainer, module)
+            return dict(short_metric(*item) for item in metrics.items() if item[0] != "v_num")
+    return ScoresBar(refresh_rate=10 if terminal else 50)
+
 # %% ../nbs/21_cli.ipynb #21916b1e
 def add_options(parser):
     """What ties model, data and trainer together, and the options that are neither's."""
@@ -178,25 +205,6 @@ def add_options(parser):
                          "checkpoint.enable_version_counter": False})
     parser.add_argument("--report.num", type=int, default=1000, help="Questions of each set after training; 0 leaves the test out.")
     parser.add_argument("--report.seed", type=int, default=0, help="Of the questions.")
-
-# %% ../nbs/21_cli.ipynb #2713b596
-def make_loggers(root):
-    """A table and TensorBoard's file, side by side in `logs/version_0`; the next start of the run writes `version_1`."""
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    csv = CSVLogger(root, name="logs")
-    return [csv, TensorBoardLogger(root, name="logs", version=csv.version)]
-
-
-def make_bar():
-    """A progress bar with the losses and the scores so far; plain where the output is no terminal."""
-    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-    terminal = sys.stderr.isatty() and sys.stdout.isatty()
-
-    class ScoresBar(RichProgressBar if terminal else TQDMProgressBar):
-        def get_metrics(self, trainer, module):
-            metrics = super().get_metrics(trainer, module)
-            return {name.split("/", 1)[-1].removesuffix("/right"): metrics[name] for name in metrics if name != "v_num"}
-    return ScoresBar(refresh_rate=10 if terminal else 50)
 
 # %% ../nbs/21_cli.ipynb #6e4e781f
 def find_checkpoint(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Stage', 'stage_at', 'epoch_order', 'StageBatches', 'SceneExamples', 'check_usable', 'FolderExamples', 'patch_labels',
-           'dense_targets', 'zoom_and_flip', 'tiny_processor', 'TrainingDataset', 'Question', 'make_questions',
-           'check_shares', 'FerretDataModule']
+           'dense_targets', 'zoom_and_flip', 'tiny_processor', 'PixelCache', 'encode_fitting', 'TrainingDataset',
+           'Question', 'make_questions', 'check_shares', 'FerretDataModule']
 
-# %% ../nbs/15_data.ipynb #918bd42f
+# %% ../nbs/15_data.ipynb #35000687
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 import warnings
@@ -30,7 +30,7 @@ from .sources import Annotated, class_names, image_size, open_source
 from .tasks import FORMS, MIX, TASKS, WORLD_NAMES, AnnotatedObject
 from .tasks import all_questions, dataset_texts, draw_question, from_scene, stream_dialogues, world_texts
 
-# %% ../nbs/15_data.ipynb #17337055
+# %% ../nbs/15_data.ipynb #edeb6689
 @dataclass
 class Stage:
     """One part of a training run.
@@ -58,7 +58,6 @@ class Stage:
         if min(self.steps, self.batch_size) < 1:
             raise ValueError(f"a stage of {self.steps} steps with {self.batch_size} images: both must be at least 1")
 
-# %% ../nbs/15_data.ipynb #201b62db
 def stage_at(
     stages, # list of `Stage`
     step,   # optimiser step, from 0
@@ -214,10 +213,53 @@ def tiny_processor(
     return FerretProcessor(image_processor, tokenizer, template="tiny", image_size=image_size,
                            image_length=image_length, num_points=num_points, point_radius=point_radius)
 
-# %% ../nbs/15_data.ipynb #57a72648
+# %% ../nbs/15_data.ipynb #619daa83
+class PixelCache:
+    """Images as arrays; decoded files stay in memory as long as there is room."""
+    def __init__(self, room:int=256 << 20): self.kept, self.room = {}, room  # path -> pixels; bytes left
+
+    def __call__(
+        self,
+        example, # an `Annotated` whose image is an array or a path
+    ):           # the same with an array
+        """Look up, or decode and keep. Raises `ValueError` for a broken file or one of another size than annotated."""
+        if isinstance(example.image, np.ndarray): return example
+        pixels = self.kept.get(example.image)
+        if pixels is None:
+            pixels = np.asarray(open_image(example.image))
+            if pixels.shape[:2] != (example.height, example.width):
+                raise ValueError(f"{example.image}: has shape {pixels.shape}, not {example.height} x {example.width}")
+            if pixels.nbytes <= self.room: self.kept[example.image], self.room = pixels, self.room - pixels.nbytes
+        return replace(example, image=pixels)
+
+# %% ../nbs/15_data.ipynb #62a9b9f1
+def encode_fitting(
+    processor,  # `FerretProcessor`
+    image,      # PIL image
+    stream,     # iterator of `Dialogue`, endless or empty
+    rng,        # `np.random.Generator` for the points
+    max_length, # tokens, image included
+):              # tokens and points, see `FerretProcessor.encode_example`
+    """Encode the dialogues that come first, as many as fit. Raises `ValueError` if none does."""
+    def encode(dialogues, rng):
+        with warnings.catch_warnings():  # more dialogues are drawn than fit: the last ones are meant to be dropped
+            warnings.filterwarnings("ignore", message="records longer than")
+            return processor.encode_example(image, dialogues, rng, max_length=max_length)
+    def works(dialogue):
+        try: return bool(encode([dialogue], None))
+        except ValueError: return False
+    room = (max_length - processor.image_length) // 20  # a question with its answer is rarely shorter
+    dialogues = list(islice(stream, max(1, room)))
+    try: return encode(dialogues, rng)
+    except ValueError:  # the first one is too long or unsound: rare, so each is tried by itself, and more are drawn
+        usable = [d for d in [*dialogues, *islice(stream, 20)] if works(d)]
+        if not usable: raise
+        return encode(usable, rng)
+
+# %% ../nbs/15_data.ipynb #4cacd566
 class TrainingDataset(Dataset):
     """Batches by key: whatever is drawn derives from (seed, step, slot), so any step can be made again."""
-    max_tries, cache_bytes = 20, 256 << 20  # images in a row that may fail; decoded files kept in memory
+    max_tries = 20  # images in a row that may fail
 
     def __init__(
         self,
@@ -234,7 +276,7 @@ class TrainingDataset(Dataset):
     ):
         self.examples, self.processor, self.stages, self.words, self.grid = examples, processor, stages, words, grid
         self.max_length, self.mix, self.forms, self.augment, self.seed = max_length, mix, forms, augment, seed
-        self._kept, self._room, self._named = {}, self.cache_bytes, set()
+        self.with_pixels, self.failed = PixelCache(), set()
 
     def __getitem__(self, key):
         """One image's part of a batch. An image that gives nothing is named, and another one takes its place."""
@@ -243,53 +285,23 @@ class TrainingDataset(Dataset):
             rng, example = np.random.default_rng([self.seed, step, slot, attempt]), self.examples[index]
             try: return self._make(step, example, rng)
             except (ValueError, OSError) as error: problem = f"{example.id}: {error}"
-            if example.id not in self._named: warnings.warn(f"left out, another image takes its place: {problem}")
-            self._named.add(example.id)
+            if example.id not in self.failed: warnings.warn(f"left out, another image takes its place: {problem}")
+            self.failed.add(example.id)
             index = int(rng.integers(len(self.examples)))
         raise ValueError(f"{self.max_tries} images in a row give nothing to learn from. The last one: {problem}")
 
     def _make(self, step, example, rng):
-        example = Annotated(self._pixels(example), example.width, example.height, example.objects, example.id)
+        example = self.with_pixels(example)
         if self.augment:
             cropped = zoom_and_flip(example, rng)
             if next(self._stream(cropped, np.random.default_rng(0)), None): example = cropped
         image, dense = open_image(example.image), dense_targets(example, self.words, self.grid)
         if self.stages[stage_at(self.stages, step)[0]].loss == "dense": return image, None, dense
-        return image, self._encode(image, example, rng), dense
-
-    def _pixels(self, example):
-        """Pixels of an image; files are decoded once, as long as there is room to keep them."""
-        if isinstance(example.image, np.ndarray): return example.image
-        if example.image in self._kept: return self._kept[example.image]
-        pixels = np.asarray(open_image(example.image))
-        if pixels.shape[:2] != (example.height, example.width):
-            raise ValueError(f"{example.image}: has shape {pixels.shape}, not {example.height} x {example.width}")
-        if pixels.nbytes <= self._room: self._kept[example.image], self._room = pixels, self._room - pixels.nbytes
-        return pixels
+        return image, encode_fitting(self.processor, image, self._stream(example, rng), rng, self.max_length), dense
 
     def _stream(self, example, rng):
         return stream_dialogues(example.objects, example.width, example.height, rng, self.mix, self.forms,
                                 self.examples.names)
-
-    def _encode(self, image, example, rng):
-        """Tokens and points of the dialogues that fit: those that come first in an endless stream."""
-        stream = self._stream(example, rng)
-        room = (self.max_length - self.processor.image_length) // 20  # a question with its answer is rarely shorter
-        dialogues = list(islice(stream, max(1, room)))
-        try: return self._encode_all(image, dialogues, rng)
-        except ValueError:  # the first one is too long, or a region covers no pixel: rare, so each is tried by itself
-            usable = [d for d in [*dialogues, *islice(stream, 20)] if self._works(image, d)]
-            if not usable: raise
-            return self._encode_all(image, usable, rng)
-
-    def _encode_all(self, image, dialogues, rng):
-        with warnings.catch_warnings():  # more dialogues are drawn than fit: the last ones are meant to be dropped
-            warnings.filterwarnings("ignore", message="records longer than")
-            return self.processor.encode_example(image, dialogues, rng, max_length=self.max_length)
-
-    def _works(self, image, dialogue):
-        try: return bool(self._encode_all(image, [dialogue], None))
-        except ValueError: return False
 
     def collate(self, items):
         """Tensors of one step: what its stage's loss needs."""

@@ -175,11 +175,11 @@ def score_questions(
         for name, value in judge(question, text).items(): out.setdefault(f"{question.task}/{name}", []).append(value)
     return {name: float(np.mean(values)) for name, values in out.items()}
 
-# %% ../nbs/17_evaluate.ipynb #774e03e7
-MENTIONS = {"": "", "coordinates": ", coordinates only", "feature": ", feature only"}
+# %% ../nbs/17_evaluate.ipynb #6a41aa56
+MENTIONS = ("", "coordinates", "feature")  # both, or one half alone
 REFERRING = {f"refer_{kind}": f"refer {kind.replace('_', '-')}" for kind in ("point", "box", "free_form")}
 TITLES = {"locate": "REC", **REFERRING, "exists": "existence", "describe": "description",
-          **{f"same_box:{form}".rstrip(":"): f"same-box{words}" for form, words in MENTIONS.items()}}
+          **{f"same_box:{form}".rstrip(":"): f"same-box {form}".rstrip() for form in MENTIONS}}
 KEPT = {"locate": ("acc@0.5", "acc@0.75", "mean IoU"), "exists": ("accuracy", "yes ratio"), "describe": ("F1",)}
 
 

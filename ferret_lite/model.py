@@ -163,7 +163,7 @@ def packed_attention_mask(
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
         ~allowed, torch.finfo(dtype).min)[:, None]
 
-# %% ../nbs/10_model.ipynb #ad18f10e
+# %% ../nbs/10_model.ipynb #334f406d
 class FerretPreTrainedModel(PreTrainedModel):
     """What every Ferret model shares: its config class, its abilities, its initial weights."""
     config: FerretConfig
@@ -171,6 +171,11 @@ class FerretPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors=True, **kwargs):
+        """As everywhere in transformers, but from safetensors alone: a pickle may carry code."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -245,7 +250,7 @@ class FerretModel(FerretPreTrainedModel):
             self.get_region_features(maps, region_points, region_mask)
         return scatter_features(inputs_embeds, is_region, region_features, "region")
 
-# %% ../nbs/10_model.ipynb #9f400c91
+# %% ../nbs/10_model.ipynb #a702c887
 class FerretForConditionalGeneration(FerretModel, GenerationMixin):
     """Image, text and regions in, text with boxes out.
 
@@ -278,13 +283,6 @@ class FerretForConditionalGeneration(FerretModel, GenerationMixin):
             attention_mask = packed_attention_mask(dialogue_ids, inputs_embeds.dtype)
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
                                    labels=labels, logits_to_keep=logits_to_keep, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """Image and regions are read with the prompt; from then on the cache, if there is one, holds them."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "region_points", "region_mask"): inputs.pop(name, None)
-        return inputs
 
 # %% ../nbs/10_model.ipynb #081458a5
 @torch.inference_mode()

@@ -184,7 +184,7 @@ def show_knn(
     ax.scatter(*starts.T, s=30, marker="D", color="#D55E00", edgecolors="white", linewidths=0.8, zorder=5)
     return ax
 
-# %% ../nbs/05_plotting.ipynb #59c5e0a6
+# %% ../nbs/05_plotting.ipynb #f4484f66
 def _wrap(text, marks, width, size, max_lines):
     "Break a text, marked with (start, end, colour), into lines of `width` points: lists of [piece, colour or None]."
     color_at = [None] * len(text)
@@ -201,6 +201,7 @@ def _wrap(text, marks, width, size, max_lines):
         room -= wide + _text_width(" ", size) * bool(word[1])
     return lines if len(lines) <= max_lines else lines[:max_lines - 1] + [[["…", None]]]
 
+# %% ../nbs/05_plotting.ipynb #cb90d168
 def _caption(question, answer, phrases, width, size=8.0):
     "Lines to write below a picture, as (height, pieces, ink), and a colour for each different phrase."
     colors = {p: PALETTE[i % len(PALETTE)] for i, p in enumerate(dict.fromkeys(phrases))}
@@ -226,7 +227,7 @@ def _write(ax, lines, size=8.0):
                                parse_math=False, annotation_clip=False, zorder=6 if color else 7)
             gap = blank * (len(text) - len(text.rstrip())) + 0.8 * bool(color)
 
-# %% ../nbs/05_plotting.ipynb #069891c7
+# %% ../nbs/05_plotting.ipynb #a8d0878c
 def _draw_boxes(ax, boxes, labels, colors, taken):
     for (x1, y1, x2, y2), label, color in zip(boxes, labels, colors):
         if not np.isfinite([x1, y1, x2, y2]).all(): continue
@@ -240,6 +241,7 @@ def _draw_truth(ax, boxes):
             ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linestyle=style,
                                    linewidth=0.8, zorder=4))
 
+# %% ../nbs/05_plotting.ipynb #7d35e013
 def show_answer(
     image,        # As for `show_image`
     answer,       # What the model wrote, coordinates and all

@@ -156,7 +156,7 @@ def record_to_dict(
     width, height = int(record.width), int(record.height)
     return dict(id=record.id, image=record.image, width=width, height=height, dialogues=dialogues)
 
-# %% ../nbs/06_records.ipynb #33aecb6d
+# %% ../nbs/06_records.ipynb #b7ece54b
 def _fields(d, where, required, optional=()):
     "Raise unless `d` is an object with all the required fields and no unknown one."
     if not isinstance(d, dict): raise where.error(f"is a {type(d).__name__}; give an object with {', '.join(required)}")
@@ -178,7 +178,6 @@ def _dialogue_from_dict(d, where):
     regions = [region_from_dict(r, where=str(at)) for r, at in _each({"regions": [], **d}, "regions", where)]
     return Dialogue([Turn(**t) for t, _ in turns], regions, d.get("task", ""))
 
-# %% ../nbs/06_records.ipynb #08548a2d
 def record_from_dict(
     d: dict,  # As `record_to_dict` gives it; "id", "task" and "regions" may be missing
     where: str | Where = "record",  # What errors call it
@@ -244,7 +243,7 @@ def write_records(
             f.write(json.dumps(record_to_dict(record), ensure_ascii=False).encode() + b"\n")
     return count
 
-# %% ../nbs/06_records.ipynb #7bc16b66
+# %% ../nbs/06_records.ipynb #763a2179
 def _from_array(array):
     "An array as a PIL image; only kinds whose meaning is plain."
     good = array.dtype == np.uint8 and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4))
@@ -262,7 +261,6 @@ def _to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-# %% ../nbs/06_records.ipynb #9141f7db
 def open_image(
     image: str | Path | Image.Image | np.ndarray,  # The file's content decides what it is, not its extension
 ) -> Image.Image:  # RGB, upright by its EXIF; transparent parts on white; always a copy

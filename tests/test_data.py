@@ -315,8 +315,8 @@ def test_a_crop_without_a_question_is_not_used(data):
 def test_decoded_files_stay_in_memory_while_there_is_room(voc, data):
     examples = FolderExamples(voc(a=[DOG], b=[DOG]))
     dataset = dataset_of(data, examples)
-    dataset._room = 40 * 30 * 3
-    pixels = [dataset._pixels(examples[i]) for i in (0, 0, 1, 1)]
+    dataset.with_pixels.room = 40 * 30 * 3
+    pixels = [dataset.with_pixels(examples[i]).image for i in (0, 0, 1, 1)]
     assert pixels[0] is pixels[1] and pixels[2] is not pixels[3]
     np.testing.assert_array_equal(pixels[2], pixels[3])
 

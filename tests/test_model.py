@@ -138,8 +138,8 @@ def test_pickle_with_code_is_refused(tiny, tmp_path):
     tiny[1].save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises((OSError, ValueError, RuntimeError, pickle.UnpicklingError)):
-        FerretForConditionalGeneration.from_pretrained(tmp_path)
+    for load in (FerretForConditionalGeneration.from_pretrained, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(OSError, match=f"no file named model.safetensors found in directory {tmp_path}"): load(tmp_path)
 
 
 def test_the_encoder_stands_alone(tmp_path):
@@ -389,7 +389,7 @@ def test_half_precision_runs(make, images):
     full = model(**batch).logits
     half = model.to(torch.bfloat16)(**batch)
     assert half.logits.dtype == torch.bfloat16 and half.loss.isfinite()
-    assert_close(half.logits.float(), full, rtol=0.1, atol=0.1 * float(full.abs().max()))
+    assert_close(half.logits.float(), full, rtol=0.1, atol=0.1 * full.abs().max().item())
 
 
 # Any encoder, any language model -------------------------------------------------------------------------------------
