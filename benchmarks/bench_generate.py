@@ -3,9 +3,9 @@
     python benchmarks/bench_generate.py [--questions 96] [--model DIR]
 
 The questions are held-out ones of the embedded world: where something is, what a box, point or free form is, whether
-there is something. Everything counts, from image and question to the text. Random weights (the default) write exactly 24
-tokens an answer, about what an answer with a box needs; a trained model (`--model`) stops where it wants to, and then the
-answers of both ways are compared. The two ways take turns and medians are printed. Nothing is asserted."""
+there is something. Everything counts, from image and question to the text. Random weights (the default) write exactly
+24 tokens an answer, about what an answer with a box needs; a trained model (`--model`) stops where it wants to. The two
+ways take turns and medians are printed. Nothing is asserted."""
 import argparse
 import os
 import platform
@@ -35,6 +35,11 @@ def make_model():
     return processor, model.eval()
 
 
+def load_model(folder):
+    "Processor and model that training saved."
+    return FerretProcessor.from_pretrained(folder), FerretForConditionalGeneration.from_pretrained(folder)
+
+
 def ask(processor, model, questions, size, settings):
     "All answers in batches of `size`; seconds, and the processor's share of them."
     start, processing, answers = time.perf_counter(), 0.0, []
@@ -49,16 +54,16 @@ def ask(processor, model, questions, size, settings):
 def main(num_questions, folder, rounds):
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    if folder: processor, model = FerretProcessor.from_pretrained(folder), FerretForConditionalGeneration.from_pretrained(folder)
-    else: processor, model = make_model()
+    processor, model = load_model(folder) if folder else make_model()
     settings = dict(max_new_tokens=64) if folder else dict(min_new_tokens=TOKENS, max_new_tokens=TOKENS)
     examples = SceneExamples("test", num_questions)
-    questions = [q for task in TASKS for q in make_questions(examples, task, -(-num_questions // len(TASKS)))][:num_questions]
+    per_task = -(-num_questions // len(TASKS))
+    questions = [q for task in TASKS for q in make_questions(examples, task, per_task)][:num_questions]
     print(f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{platform.machine()}, {THREADS} threads of {os.cpu_count()} cores, float32. Medians of {rounds} rounds.")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(questions)} questions, "
           f"{'answers as long as the model wants' if folder else f'{TOKENS} tokens an answer'}")
-    ask(processor, model, questions[:BATCH], BATCH, settings), ask(processor, model, questions[:2], 1, settings)  # warm up
+    for size in (1, BATCH): ask(processor, model, questions[:size], size, settings)  # warm up
     runs = {size: [] for size in (1, BATCH)}
     for _ in range(rounds):
         for size in runs: runs[size].append(ask(processor, model, questions, size, settings))

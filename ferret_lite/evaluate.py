@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MENTIONS', 'REFERRING', 'TITLES', 'KEPT', 'plan_batches', 'said_boxes', 'true_boxes', 'fingerprint', 'answer_line',
-           'read_answers', 'answer_questions', 'append_lines', 'judge', 'score_questions', 'same_box_questions',
-           'choose', 'question_sets', 'Blind', 'learn_blind', 'score_set', 'answer_item', 'draw_sheet', 'write_text',
-           'report']
+           'read_answers', 'answer_questions', 'append_lines', 'judge', 'score_questions', 'same_box_questions', 'Some',
+           'some_questions', 'question_sets', 'Blind', 'learn_blind', 'score_set', 'answer_item', 'draw_sheet',
+           'write_text', 'report']
 
 # %% ../nbs/17_evaluate.ipynb #c78f6823
 import hashlib
@@ -200,15 +200,25 @@ def same_box_questions(
         questions.append(Question(f"{example.id}/same_box{':' + form if form else ''}/0", "same_box", example, dialogue))
     return questions
 
-# %% ../nbs/17_evaluate.ipynb #1fe2ef30
-def choose(
-    items,
-    num,    # at most
+# %% ../nbs/17_evaluate.ipynb #38af42db
+class Some(list):
+    """Some images of a data set, with the names of all of it."""
+    def __init__(self, examples, indices):
+        super().__init__(examples[i] for i in indices)
+        self.names = examples.names
+
+
+def some_questions(
+    examples, # sequence of `Annotated`
+    task,     # as in `tasks.TASKS`
+    num,      # questions, at most
     seed=0,
-):          # list, in the order of `items`
-    """The same random choice in every run."""
-    if len(items) <= num: return list(items)
-    return [items[i] for i in sorted(np.random.default_rng(seed).permutation(len(items))[:num])]
+):            # list of `data.Question`
+    """All questions of one image after the other, in random order, until there are enough."""
+    order, questions = np.random.default_rng(seed).permutation(len(examples)), []
+    for start in range(0, len(order), 50):  # in blocks: the masks of a whole data set would not fit into memory
+        if len(questions) < num: questions += make_questions(Some(examples, order[start:start + 50]), task, seed=[seed, start])
+    return questions[:num]
 
 
 def question_sets(
@@ -217,16 +227,16 @@ def question_sets(
     seed=0,
     part="test", # or "val", "train"
 ):              # dict name -> list of `data.Question`
-    """The test: one set of questions for each score. One question an image in the embedded world, all of a folder's."""
+    """The test: a set of questions for each score. One question an image in the embedded world, all of an image in a folder."""
     examples, scenes = data.examples(part), data.format == "scenes"
-    tasks = ["locate", *REFERRING, "exists"] + ["describe"] * scenes
-    sets = {task: choose(make_questions(examples, task, num if scenes else None, seed=seed), num, seed) for task in tasks}
+    make = make_questions if scenes else some_questions
+    sets = {task: make(examples, task, num, seed=seed) for task in ["locate", *REFERRING, "exists"] + ["describe"] * scenes}
     if scenes:
         pairs = SceneExamples(examples.split, examples.num, examples.seed, same_box=True)
         for form in MENTIONS: sets[f"same_box:{form}".rstrip(":")] = same_box_questions(pairs, num, form, seed)
     return {name: questions for name, questions in sets.items() if questions}
 
-# %% ../nbs/17_evaluate.ipynb #e471a314
+# %% ../nbs/17_evaluate.ipynb #15360b7e
 @dataclass
 class Blind:
     """The best guesses without a look at the image, learned from the training split."""
@@ -242,16 +252,16 @@ def learn_blind(
     num=1000,  # images that are read, at most
     seed=0,
 ):             # `Blind`
-    """The majority class, and of the mean box and 500 true boxes the one that overlaps most boxes by half."""
-    names, boxes, examples = Counter(), [], getattr(examples, "annotated", examples)
-    for i in choose(range(len(examples)), num, seed):
+    """The majority class; and of the mean box and 500 true boxes the one that overlaps most boxes by half."""
+    rng, names, boxes = np.random.default_rng(seed), Counter(), []
+    for i in rng.permutation(len(examples))[:num]:
         example = examples[i]
         names.update(o.name for o in example.objects if not o.ignore)
         size = np.array([example.width, example.height] * 2)
         boxes += [np.array(example.objects[j].box) / size for j in askable(example.objects, "locate")]
-    if not boxes: return Blind(names.most_common(1)[0][0], np.array([0., 0., 1., 1.]))
-    tried = np.stack([np.mean(boxes, axis=0), *choose(boxes, 500, seed)])
-    return Blind(names.most_common(1)[0][0], tried[(box_iou(tried, np.stack(boxes)) >= 0.5).mean(1).argmax()])
+    boxes = np.array(boxes or [[0., 0., 1., 1.]])
+    tried = np.concatenate([boxes.mean(0, keepdims=True), rng.permutation(boxes)[:500]])
+    return Blind(names.most_common(1)[0][0], tried[(box_iou(tried, boxes) >= 0.5).mean(1).argmax()])
 
 # %% ../nbs/17_evaluate.ipynb #82ff0a22
 def score_set(

@@ -59,7 +59,7 @@ class ConvStem(nn.Module):
         stem = self.act(self.norm2(self.conv2(x)))
         return stem, self.conv3(stem)
 
-# %% ../nbs/10_model.ipynb #834f1dec
+# %% ../nbs/10_model.ipynb #d07a7f43
 class ConvStemVisionModel(CLIPPreTrainedModel):
     """CLIP's transformer layers behind a convolution stem. No class token: select its features with `"full"`."""
     config: ConvStemVisionConfig
@@ -69,8 +69,8 @@ class ConvStemVisionModel(CLIPPreTrainedModel):
     def __init__(self, config:ConvStemVisionConfig):
         super().__init__(config)
         if config.patch_size not in (8, 12, 16) or config.image_size % config.patch_size:
-            raise ValueError(f"image_size {config.image_size}, patch_size {config.patch_size}: the stem makes patches of "
-                             "8, 12 or 16 pixels that fill the image")
+            raise ValueError(f"image_size {config.image_size}, patch_size {config.patch_size}: the stem makes patches "
+                             "of 8, 12 or 16 pixels that fill the image")
         num_patches = (config.image_size // config.patch_size) ** 2
         self.stem = ConvStem(config)
         self.position_embedding = nn.Parameter(torch.zeros(1, num_patches, config.hidden_size))
@@ -99,13 +99,14 @@ class ConvStemVisionModel(CLIPPreTrainedModel):
             x = layer(x, attention_mask=None)
             hidden_states.append(x)
         x = hidden_states[-1] = self.post_layernorm(x)
-        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x.mean(1), hidden_states=tuple(hidden_states))
+        return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x.mean(1),
+                                          hidden_states=tuple(hidden_states))
 
 
 AutoConfig.register("ferret_lite_vision", ConvStemVisionConfig, exist_ok=True)
 AutoModel.register(ConvStemVisionConfig, ConvStemVisionModel)
 
-# %% ../nbs/10_model.ipynb #dfc901eb
+# %% ../nbs/10_model.ipynb #fb3d8de7
 class FerretConfig(PreTrainedConfig):
     """Everything that decides a Ferret's shape; any CLIP-like `vision_config`, any causal `text_config`."""
     model_type = "ferret_lite"
@@ -131,8 +132,9 @@ class FerretConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         unknown = [name for name in kwargs if name.startswith(("vision_", "text_", "image_", "region_", "sampler"))]
         if unknown: raise ValueError(f"FerretConfig has no {unknown[0]!r}: correct the name")
-        if self.vision_feature_select_strategy not in ("default", "full"):
-            raise ValueError(f"vision_feature_select_strategy {self.vision_feature_select_strategy!r}: 'default' or 'full'")
+        strategy = self.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy {strategy!r}: use 'default' or 'full'")
         super().__post_init__(**kwargs)
 
 # %% ../nbs/10_model.ipynb #db5ade41
@@ -183,7 +185,7 @@ class FerretPreTrainedModel(PreTrainedModel):
         init.normal_(module.weight, std=module.in_features ** -0.5)  # keeps a unit variance
         if module.bias is not None: init.zeros_(module.bias)
 
-# %% ../nbs/10_model.ipynb #fa7bf44d
+# %% ../nbs/10_model.ipynb #9154331e
 class FerretModel(FerretPreTrainedModel):
     """The four parts, and the one thing they make together: `inputs_embeds` for the language model."""
     def __init__(self, config:FerretConfig):
@@ -214,8 +216,8 @@ class FerretModel(FerretPreTrainedModel):
         features = hidden_states[config.vision_feature_layer][:, first:]
         maps = [hidden_states[i][:, first:] for i in self.region_layers]
         if any(math.isqrt(m.shape[1]) ** 2 != m.shape[1] for m in maps):
-            raise ValueError(f"{maps[0].shape[1]} features are no square map: vision_feature_select_strategy is 'default' "
-                             "for encoders with a class token, 'full' for others")
+            raise ValueError(f"{maps[0].shape[1]} features are no square map: vision_feature_select_strategy is "
+                             "'default' for encoders with a class token, 'full' for others")
         return features, [rearrange(m, "b (gh gw) d -> b d gh gw", gh=math.isqrt(m.shape[1])) for m in maps]
 
     def get_region_features(
@@ -225,10 +227,9 @@ class FerretModel(FerretPreTrainedModel):
         region_mask=None, # `(b, r)` bool, True for a region, False for padding; None: all are regions
     ):                    # `(m, d_lm)`, the m regions of the batch in reading order
         """Read the maps at each region's points and let the sampler make one vector of them (Eq. 1 and 2)."""
-        align = self.config.align_corners
-        if region_mask is None: region_mask = torch.ones(region_points.shape[:2], dtype=torch.bool)
-        features = torch.cat([bilinear_features(m, region_points, align_corners=align) for m in maps], -1)  # (b, r, n, d)
-        return self.region_sampler(features[region_mask], region_points[region_mask])
+        if region_mask is None: region_mask = region_points.new_ones(region_points.shape[:2], dtype=torch.bool)
+        features = torch.cat([bilinear_features(m, region_points, self.config.align_corners) for m in maps], -1)
+        return self.region_sampler(features[region_mask], region_points[region_mask])  # from (m, n, d) and (m, n, 2)
 
     def embed_inputs(
         self,
@@ -250,7 +251,7 @@ class FerretModel(FerretPreTrainedModel):
             self.get_region_features(maps, region_points, region_mask)
         return scatter_features(inputs_embeds, is_region, region_features, "region")
 
-# %% ../nbs/10_model.ipynb #a702c887
+# %% ../nbs/10_model.ipynb #cf11062f
 class FerretForConditionalGeneration(FerretModel, GenerationMixin):
     """Image, text and regions in, text with boxes out.
 
@@ -281,8 +282,9 @@ class FerretForConditionalGeneration(FerretModel, GenerationMixin):
             inputs_embeds = self.embed_inputs(input_ids, vision, region_points, region_mask)
         if dialogue_ids is not None:
             attention_mask = packed_attention_mask(dialogue_ids, inputs_embeds.dtype)
-        return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-                                   labels=labels, logits_to_keep=logits_to_keep, **kwargs)
+        return self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
+            logits_to_keep=logits_to_keep, **kwargs)
 
 # %% ../nbs/10_model.ipynb #081458a5
 @torch.inference_mode()
