@@ -88,8 +88,8 @@ class ToMyst:
 
 def cell_tags(options, exported):
     """Quarto's cell options as MyST-NB's tags."""
-    tags = {("echo", "false"): "remove-input", ("output", "false"): "remove-output", ("code-fold", "true"): "hide-input"}
-    found = [tag for (option, value), tag in tags.items() if options.get(option) == value]
+    tags = {"echo: false": "remove-input", "output: false": "remove-output", "code-fold: true": "hide-input"}
+    found = [tags[line] for line in (f"{option}: {value}" for option, value in options.items()) if line in tags]
     return sorted(found + ["exported"] * bool(exported))
 
 
@@ -125,7 +125,8 @@ def write_api(module, chapter):
     """One API page, filled by autodoc; conf.py adds the parameters' comments."""
     name = f"ferret_lite.{module}"
     import_module(name)  # a clearer error than autodoc's warning
-    text = f"# {name}\n\nChapter: [{module}](../{chapter}.ipynb)\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+    text = f"# {name}\n\nChapter: [{module}](../{chapter}.ipynb)\n\n"
+    text += f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
     (SRC / "api" / f"{module}.md").write_text(text, encoding="utf-8")
 
 
@@ -135,7 +136,8 @@ def stage():
     (SRC / "api").mkdir(parents=True)
     os.chdir(NBS)  # nbdev looks for its options from here upwards
     chapters = sorted(path.stem for path in NBS.glob("[0-9]*.ipynb"))
-    modules = {chapter.split("_", 1)[1]: chapter for chapter in chapters if f"ferret_lite.{chapter[3:]}" in index["syms"]}
+    rooms = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
+    modules = {room: chapter for room, chapter in rooms.items() if f"ferret_lite.{room}" in index["syms"]}
     for module, chapter in modules.items():
         write_api(module, chapter)
     for name in ["index", *chapters]:
