@@ -62,21 +62,21 @@ def true_boxes(
         end = mention.end
     return pairs
 
-# %% ../nbs/17_evaluate.ipynb #ef2f48c3
+# %% ../nbs/17_evaluate.ipynb #bad26af0
 def fingerprint(
     model,     # a `FerretForConditionalGeneration`
     questions, # list of `data.Question`
     *settings, # all else that decides the answers, as JSON types
 ):             # 12 characters
     """A name for one way to answer: other weights, other questions or other settings give another."""
-    asked = [[q.key, [t.text for t in q.dialogue.turns], [region_to_dict(r) for r in q.dialogue.regions]] for q in questions]
-    digest = hashlib.sha256(json.dumps([settings, asked]).encode())
+    def asked(d): return [t.text for t in d.turns], [region_to_dict(r) for r in d.regions]
+    digest = hashlib.sha256(json.dumps([settings, [(q.key, asked(q.dialogue)) for q in questions]]).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/17_evaluate.ipynb #925512d1
+# %% ../nbs/17_evaluate.ipynb #dffdba6d
 def answer_line(
     question, # `data.Question`
     text,     # the model's answer
@@ -90,27 +90,24 @@ def answer_line(
 
 
 def read_answers(
-    path, # JSON Lines, as `answer_questions` writes it; may not exist yet
-    run,  # from `fingerprint`
+    path,            # JSON Lines, as `answer_questions` writes it; may not exist yet
+    run,             # from `fingerprint`
     overwrite=False, # remove a file of another run, which is an error else
-):        # dict key -> answer
+):                   # dict key -> answer
     """The answers that a run has given so far. Half a line at the end is cut off: the run was killed there."""
-    path = Path(path)
-    data = path.read_bytes() if path.exists() else b""
-    whole = data.rfind(b"\n") + 1
+    data = Path(path).read_bytes() if Path(path).exists() else b""
+    whole, answers = data.rfind(b"\n") + 1, {}
     if whole < len(data): os.truncate(path, whole)
-    answers = {}
     for number, line in enumerate(data[:whole].splitlines(), 1):
+        where, remedy = f"{path}, line {number}", "remove the file or choose another"
         try: row = json.loads(line); key, text, of = row["key"], row["answer"], row["run"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path}, line {number}: no answer of ours ({e!r}); remove the file or choose another") from e
-        if of != run and overwrite: return path.unlink() or {}
-        if of != run: raise ValueError(f"{path}, line {number}: holds answers of another model, of other questions or "
-                                       "other settings; remove the file or choose another")
+        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{where}: no answer of ours; {remedy}") from e
+        if of != run and overwrite: return Path(path).unlink() or {}
+        if of != run: raise ValueError(f"{where}: answers of another model, of other questions or settings; {remedy}")
         answers[key] = text
     return answers
 
-# %% ../nbs/17_evaluate.ipynb #4e84745a
+# %% ../nbs/17_evaluate.ipynb #6dcba2a0
 def answer_questions(
     model,              # a `FerretForConditionalGeneration`
     processor,          # its `FerretProcessor`
@@ -123,7 +120,7 @@ def answer_questions(
 ):                      # list of texts, one for each question
     """Answer greedily, in batches that are formed once: neither a kill nor a resume changes an answer."""
     from rich.progress import track
-    if len({q.key for q in questions}) < len(questions): raise ValueError("two questions have one key: keys must differ")
+    if len({q.key for q in questions}) < len(questions): raise ValueError("two questions with one key: drop one")
     batches = plan_batches(questions, processor.tokenizer, batch_size)
     run = fingerprint(model, questions, batch_size, max_new_tokens, processor.to_dict()) if out else None
     answers = read_answers(out, run, overwrite) if out else {}
@@ -175,7 +172,7 @@ def score_questions(
         for name, value in judge(question, text).items(): out.setdefault(f"{question.task}/{name}", []).append(value)
     return {name: float(np.mean(values)) for name, values in out.items()}
 
-# %% ../nbs/17_evaluate.ipynb #6a41aa56
+# %% ../nbs/17_evaluate.ipynb #741d2749
 MENTIONS = ("", "coordinates", "feature")  # both, or one half alone
 REFERRING = {f"refer_{kind}": f"refer {kind.replace('_', '-')}" for kind in ("point", "box", "free_form")}
 TITLES = {"locate": "REC", **REFERRING, "exists": "existence", "describe": "description",
@@ -197,10 +194,11 @@ def same_box_questions(
         pair = [j for j, o in enumerate(example.objects) if counts[o.box] == 2]
         rng = np.random.default_rng([seed, zlib.crc32(b"same_box"), i])
         dialogue = refer(example.objects, pair[i % 2], rng, "free-form", form)
-        questions.append(Question(f"{example.id}/same_box{':' + form if form else ''}/0", "same_box", example, dialogue))
+        key = f"{example.id}/same_box:{form}/0"
+        questions.append(Question(key, "same_box", example, dialogue))
     return questions
 
-# %% ../nbs/17_evaluate.ipynb #38af42db
+# %% ../nbs/17_evaluate.ipynb #fc0b5072
 class Some(list):
     """Some images of a data set, with the names of all of it."""
     def __init__(self, examples, indices):
@@ -217,26 +215,27 @@ def some_questions(
     """All questions of one image after the other, in random order, until there are enough."""
     order, questions = np.random.default_rng(seed).permutation(len(examples)), []
     for start in range(0, len(order), 50):  # in blocks: the masks of a whole data set would not fit into memory
-        if len(questions) < num: questions += make_questions(Some(examples, order[start:start + 50]), task, seed=[seed, start])
+        if len(questions) >= num: break
+        questions += make_questions(Some(examples, order[start:start + 50]), task, seed=[seed, start])
     return questions[:num]
 
 
 def question_sets(
-    data,       # `FerretDataModule`
-    num=1000,   # questions of each set, at most
+    data,        # `FerretDataModule`
+    num=1000,    # questions of each set, at most
     seed=0,
     part="test", # or "val", "train"
-):              # dict name -> list of `data.Question`
-    """The test: a set of questions for each score. One question an image in the embedded world, all of an image in a folder."""
+):               # dict name -> list of `data.Question`
+    """The test: a set of questions for each score. One an image in the embedded world, all of an image in a folder."""
     examples, scenes = data.examples(part), data.format == "scenes"
-    make = make_questions if scenes else some_questions
-    sets = {task: make(examples, task, num, seed=seed) for task in ["locate", *REFERRING, "exists"] + ["describe"] * scenes}
+    make, tasks = make_questions if scenes else some_questions, ["locate", *REFERRING, "exists"] + ["describe"] * scenes
+    sets = {task: make(examples, task, num, seed=seed) for task in tasks}
     if scenes:
         pairs = SceneExamples(examples.split, examples.num, examples.seed, same_box=True)
         for form in MENTIONS: sets[f"same_box:{form}".rstrip(":")] = same_box_questions(pairs, num, form, seed)
     return {name: questions for name, questions in sets.items() if questions}
 
-# %% ../nbs/17_evaluate.ipynb #15360b7e
+# %% ../nbs/17_evaluate.ipynb #0193b8ab
 @dataclass
 class Blind:
     """The best guesses without a look at the image, learned from the training split."""
@@ -248,10 +247,10 @@ class Blind:
 
 
 def learn_blind(
-    examples,  # sequence of `Annotated`: the training split
-    num=1000,  # images that are read, at most
+    examples, # sequence of `Annotated`: the training split
+    num=1000, # images that are read, at most
     seed=0,
-):             # `Blind`
+):            # `Blind`
     """The majority class; and of the mean box and 500 true boxes the one that overlaps most boxes by half."""
     rng, names, boxes = np.random.default_rng(seed), Counter(), []
     for i in rng.permutation(len(examples))[:num]:
@@ -263,14 +262,14 @@ def learn_blind(
     tried = np.concatenate([boxes.mean(0, keepdims=True), rng.permutation(boxes)[:500]])
     return Blind(names.most_common(1)[0][0], tried[(box_iou(tried, boxes) >= 0.5).mean(1).argmax()])
 
-# %% ../nbs/17_evaluate.ipynb #82ff0a22
+# %% ../nbs/17_evaluate.ipynb #2226bacf
 def score_set(
-    name,      # a key of `TITLES`
-    questions, # list of `data.Question`
-    answers,   # list of texts
-    blind,     # `Blind`
+    name,        # a key of `TITLES`
+    questions,   # list of `data.Question`
+    answers,     # list of texts
+    blind,       # `Blind`
     macro=False, # also the average over classes
-):             # dict name of the score -> `metrics.Score`
+):               # dict name of the score -> `metrics.Score`
     """Score one set with the functions of `metrics`, beside chance and the blind guess."""
     title, truth = TITLES[name], [q.dialogue.turns[-1].text for q in questions]
     if name == "exists": scores = existence_score(answers, [first_word(t) for t in truth], name=title)
@@ -287,9 +286,9 @@ def _score_boxes(title, questions, answers, blind):
     true = [true_boxes(q)[0][1] for q in questions]
     scores = rec_score(said, true, blind.boxes(questions), name=title)
     drawn = [box_iou([o.box for o in q.example.objects], [box])[:, 0] for q, box in zip(questions, true)]  # any object
-    chances = {"acc@0.5": lambda iou: iou >= 0.5, "acc@0.75": lambda iou: iou >= 0.75, "mean IoU": lambda iou: iou}
-    return {f"{title}/{key}": replace(scores[f"{title}/{key}"], chance=float(np.mean([of(iou).mean() for iou in drawn])))
-            for key, of in chances.items()}
+    rules = {"acc@0.5": lambda iou: iou >= 0.5, "acc@0.75": lambda iou: iou >= 0.75, "mean IoU": lambda iou: iou}
+    chances = {f"{title}/{key}": float(np.mean([rule(iou).mean() for iou in drawn])) for key, rule in rules.items()}
+    return {key: replace(scores[key], chance=chance) for key, chance in chances.items()}
 
 
 def _score_descriptions(title, questions, answers, blind):
@@ -324,7 +323,7 @@ def draw_sheet(
     dealt = [deck[i] for i in range(num) for deck in decks if i < len(deck)][:num]
     return save_figure(contact_sheet([answer_item(q, text) for q, text in dealt]), path)
 
-# %% ../nbs/17_evaluate.ipynb #cfe05046
+# %% ../nbs/17_evaluate.ipynb #a6602c00
 def write_text(path, text):
     """Write a file in one step: it is whole or not there."""
     part = Path(f"{path}.part")
@@ -345,13 +344,15 @@ def report(
 ):                 # dict name -> `metrics.Score`
     """Ask every question of the test, score the answers, write and draw them."""
     out_dir, sets = Path(out_dir), question_sets(data, num, seed, part)
-    texts = iter(answer_questions(model, processor, [q for questions in sets.values() for q in questions], progress=progress,
-                                  out=out_dir/"answers.jsonl", overwrite=True, **kwargs))
+    asked = [q for questions in sets.values() for q in questions]
+    texts = iter(answer_questions(model, processor, asked, out=out_dir/"answers.jsonl", overwrite=True,
+                                  progress=progress, **kwargs))
     answers = {name: [next(texts) for _ in questions] for name, questions in sets.items()}
     blind, scores = learn_blind(data.train_examples, seed=seed), {}
     for name in sets: scores |= score_set(name, sets[name], answers[name], blind, macro=data.format != "scenes")
-    write_text(out_dir/"scores.json", json.dumps({key: asdict(score) for key, score in scores.items()}, indent=1) + "\n")
-    note = f"Questions: {part} split, seed {seed}. Baseline: always \"{blind.name}\", one fixed box, always yes or always no."
+    numbers = {key: asdict(score) for key, score in scores.items()}
+    write_text(out_dir/"scores.json", json.dumps(numbers, indent=1) + "\n")
+    note = f"Questions: {part} split, seed {seed}. Baseline: always '{blind.name}', one fixed box, always yes or no."
     write_text(out_dir/"scores.md", f"{score_markdown(scores)}\n\n{note}\n")
     draw_sheet(sets, answers, out_dir/"answers.png", seed=seed)
     return scores

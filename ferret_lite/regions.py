@@ -181,16 +181,19 @@ def _paint_stroke(mask, start, end, radius_x, radius_y):
         across, down = across - t * along_x, down - t * along_y
     mask[top:bottom, left:right] |= across**2 + down**2 <= 1
 
-# %% ../nbs/02_regions.ipynb #85f073a4
+# %% ../nbs/02_regions.ipynb #fc3c9fed
 def _fill_polygon(mask, flat):
     "Set the pixels whose centre is inside: an odd number of edges lies to its left."
-    (x, y), (height, width) = np.reshape(flat, (-1, 2)).T, mask.shape
-    x_next, y_next, rows = np.roll(x, -1), np.roll(y, -1), np.arange(height) + 0.5
+    x, y = np.reshape(flat, (-1, 2)).T
+    (height, width), low, high = mask.shape, np.floor([x.min(), y.min()]), np.ceil([x.max(), y.max()])
+    (left, top), (right, bottom) = (np.clip(v, 0, (width, height)).astype(np.int64) for v in (low, high))
+    x_next, y_next, rows = np.roll(x, -1), np.roll(y, -1), np.arange(top, bottom) + 0.5
     row, edge = np.nonzero((y <= rows[:, None]) != (y_next <= rows[:, None]))  # each crossing
     crossing = x[edge] + (rows[row] - y[edge]) * (x_next - x)[edge] / (y_next - y)[edge]
-    first = np.ceil(crossing - 0.5).clip(0, width).astype(np.int64)  # first centre on or after the crossing
-    switches = np.bincount(row * (width + 1) + first, minlength=height * (width + 1))
-    mask |= switches.reshape(height, width + 1).cumsum(1)[:, :width] % 2 == 1
+    first = np.ceil(crossing - 0.5).clip(left, right).astype(np.int64) - left  # first centre on or after the crossing
+    size = right - left + 1
+    switches = np.bincount(row * size + first, minlength=(bottom - top) * size).reshape(-1, size)
+    mask[top:bottom, left:right] |= switches.cumsum(1)[:, :-1] % 2 == 1
 
 # %% ../nbs/02_regions.ipynb #27f79c67
 def check_region(

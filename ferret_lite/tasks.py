@@ -194,7 +194,7 @@ def askable(
     deniable = names is None or any(name not in counts for name in names)
     return present + [None] * len(present) if deniable else []
 
-# %% ../nbs/13_tasks.ipynb #ca40065e
+# %% ../nbs/13_tasks.ipynb #bf8ecc4b
 def _draw(shares, rng):
     "One key of a dict of shares that sum to one."
     edge = rng.random()
@@ -216,6 +216,7 @@ def compound(objects, rng:np.random.Generator, forms:dict=HYBRID, names=None, tr
     "Two of the refer, locate and exists questions in one turn."
     parts = TASKS[rng.integers(3)], "locate", "exists"
     decks = [(task, items) for task in parts if (items := askable(objects, task, names))]
+    decks = decks or [("refer_point", askable(objects, "refer_point"))]  # a point can always be asked about
     pair = [decks[i] for i in rng.integers(len(decks), size=2)]
     return join_dialogues(*(ask(objects, task, items[rng.integers(len(items))], rng, forms, names, train)
                             for task, items in pair))
