@@ -213,7 +213,7 @@ def add_options(parser):
     option("--report.num", type=int, default=1000, help="Questions of each set in the test; 0: no test after fit.")
     option("--report.seed", type=int, default=0, help="Of the questions.")
 
-# %% ../nbs/21_cli.ipynb #04f2647a
+# %% ../nbs/21_cli.ipynb #3ac51c5b
 def find_checkpoint(
     path, # a file, "last" or None
     root, # folder of the run
@@ -232,7 +232,9 @@ def read_checkpoint(
 ):          # its weights
     """Open a checkpoint without running code in it. Every fault is one `ValueError` with the file and a remedy."""
     import torch
-    try: weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch has more to say about a pickle than one line
+            weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as e:
         raise ValueError(f"{path}: not a checkpoint of ours, or a broken one ({type(e).__name__}); use an older one or "
                          "start again. It was not run: a checkpoint must hold numbers only, no code") from e

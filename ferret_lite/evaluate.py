@@ -31,11 +31,11 @@ from .records import find_placeholders, open_image
 from .regions import region_coords, region_to_dict
 from .tasks import askable, refer
 
-# %% ../nbs/17_evaluate.ipynb #6505f07c
+# %% ../nbs/17_evaluate.ipynb #fcf679a9
 def plan_batches(
     questions,     # list of `data.Question`
     tokenizer,
-    batch_size=50,
+    batch_size=100,
 ):                 # list of lists of indices into `questions`
     """Batches of one task and of prompts of like length. They depend on the questions alone."""
     def length(q): return sum(len(tokenizer(t.text, add_special_tokens=False).input_ids) for t in q.dialogue.turns[:-1])
@@ -107,12 +107,12 @@ def read_answers(
         answers[key] = text
     return answers
 
-# %% ../nbs/17_evaluate.ipynb #6dcba2a0
+# %% ../nbs/17_evaluate.ipynb #e98cbf17
 def answer_questions(
     model,              # a `FerretForConditionalGeneration`
     processor,          # its `FerretProcessor`
     questions,          # list of `data.Question`, with different keys
-    batch_size=50,
+    batch_size=100,
     max_new_tokens=128, # of the longest answer
     out=None,           # JSON Lines file for the answers; a run that was killed goes on where it stopped
     overwrite=False,    # remove answers of another run in `out`, which are an error else
