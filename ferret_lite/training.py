@@ -6,10 +6,11 @@
 __all__ = ['learning_rate', 'build_model', 'scale_small_model', 'DenseHead', 'vocabulary_weights', 'label_weights',
            'compile_blocks', 'check_stages', 'FerretModule']
 
-# %% ../nbs/18_training.ipynb #33f25d99
+# %% ../nbs/18_training.ipynb #2ca218f1
 import math
 import warnings
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -155,7 +156,7 @@ def check_stages(
                 raise ValueError(f"stages[{i}].frozen names {part!r}, but the model has only "
                                  f"{', '.join(name for name, _ in model.named_children())}")
 
-# %% ../nbs/18_training.ipynb #a876fefd
+# %% ../nbs/18_training.ipynb #bf7e27ea
 class FerretModule(L.LightningModule):
     """Train a Ferret in stages.
 
@@ -176,16 +177,16 @@ class FerretModule(L.LightningModule):
     def __init__(
         self,
         processor: FerretProcessor,
-        vision: dict | None = None,
-        text: dict | None = None,
-        ferret: dict | None = None,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        ferret: dict[str, Any] | None = None,
         stages: list[Stage] | None = None,
         words: list[str] | None = None,
         init_from: str | None = None,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
         dense_weight: float = 0.2,
-        token_weights: dict | None = None,
+        token_weights: dict[str, Any] | None = None,
         compile: bool = False,
     ):
         super().__init__()
@@ -199,7 +200,7 @@ class FerretModule(L.LightningModule):
         self.register_buffer("token_weights", vocabulary_weights(processor.tokenizer, token_weights or {}, words or []), persistent=False)
         word_ids = [processor.tokenizer(word, add_special_tokens=False).input_ids[-1] for word in words or []]
         self.register_buffer("word_ids", torch.tensor(word_ids, dtype=torch.long), persistent=False)
-        self.val_results = []
+        self.val_results, self.stage_index = [], None
 
     def setup(self, stage):
         if stage == "fit" and self.hparams.compile: compile_blocks(self.model)
@@ -210,10 +211,10 @@ class FerretModule(L.LightningModule):
 
     def on_train_batch_start(self, batch, batch_idx):
         """Freeze what the stage freezes."""
-        index, step = stage_at(self.stages, self.global_step)
-        if step == 0 or batch_idx == 0:
-            frozen = tuple(self.stages[index].frozen)
-            for name, parameter in self.model.named_parameters(): parameter.requires_grad_(not name.startswith(frozen))
+        index, _ = stage_at(self.stages, self.global_step)
+        if index == self.stage_index: return
+        self.stage_index, frozen = index, tuple(self.stages[index].frozen)
+        for name, parameter in self.model.named_parameters(): parameter.requires_grad_(not name.startswith(frozen))
 
     def training_step(self, batch, batch_idx):
         """The loss of the stage that the step belongs to."""
