@@ -66,10 +66,11 @@ def make_steps(module, llama):
 def make_ready(model, batch):
     "What the encoder and the bare LLaMA are given."
     features, maps = model.get_vision_maps(batch["pixel_values"])
-    embeds = model.embed_inputs(batch["input_ids"], (features, maps), batch["region_points"], batch["region_mask"])
+    regions = model.get_region_features(maps, batch["region_points"], batch["region_mask"])
+    embeds = model.embed_inputs(batch["input_ids"], model.mm_projector(features), regions)
     return {"embeds": embeds, "mask": packed_attention_mask(batch["dialogue_ids"]), "features": features, "maps": maps,
             "gradients": [torch.randn_like(x) for x in (features, *maps)],
-            "regions": model.get_region_features(maps, batch["region_points"], batch["region_mask"])}
+            "regions": regions}
 
 
 def leaf(x): return x.detach().requires_grad_()
@@ -92,8 +93,9 @@ def make_parts(module):
         scatter_features(embeds, is_region, leaf(ready["regions"]), "region").sum().backward()
 
     def dense(batch, ready):
-        targets = {k.removeprefix("dense_"): v for k, v in batch.items() if k.startswith("dense_")}
-        module.dense_loss(leaf(ready["features"]), targets).backward()
+        features = leaf(ready["features"])
+        losses = module.dense_losses(batch, features, model.mm_projector(features), leaf(ready["regions"]))
+        sum(losses.values()).backward()
 
     return {"region sampler": sampler, "embed, project, splice": splice, "dense head": dense,
             "packed mask": lambda batch, ready: packed_attention_mask(batch["dialogue_ids"])}

@@ -13,25 +13,32 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# %% ../nbs/03_points.ipynb #da3f2da5
+# %% ../nbs/03_points.ipynb #277f82e5
 def sample_points(
     mask:np.ndarray,    # `(h, w)` bool, at least one pixel True
     num_points:int=512, # Points to draw
     rng:np.random.Generator|int|None=None, # Generator or seed; `None` is not repeatable
-    jitter:bool=False,  # Move every point inside its pixel (training); few pixels always do
+    jitter:bool=False,  # Move every point inside its pixel (training)
+    corner:bool=False,  # Pixel `i` of `w` lies at `i / w`, as in the release, instead of at its centre
+    few:str="jitter",   # Fewer pixels than points: "jitter" in drawn ones; "repeat" or "pad", see above
 )->np.ndarray:          # `(num_points, 2)` float32 xy in [0, 1]
     """Draw random positions inside a mask.
 
     Source: Ferret §3.2, "N points are randomly sampled inside M". Raises `ValueError` if the mask is empty."""
-    h, w = mask.shape
-    pixels = np.flatnonzero(mask)
+    if few not in ("jitter", "repeat", "pad"): raise ValueError(f"few is {few!r}: use 'jitter', 'repeat' or 'pad'")
+    lines = mask if few == "jitter" else mask.T  # the release goes down the columns
+    pixels = np.flatnonzero(lines)
     if not len(pixels): raise ValueError("the mask has no True pixel to sample: build it with `region_mask`")
-    rng = np.random.default_rng(rng)
-    repeats = len(pixels) < num_points
-    pixels = rng.choice(pixels, num_points, replace=repeats)
-    points = np.stack([pixels % w, pixels // w], axis=1).astype(np.float32)  # (n, 2) xy, the pixel's corner
-    points += rng.random((num_points, 2), dtype=np.float32) if jitter or repeats else np.float32(.5)
-    return points / np.array([w, h], dtype=np.float32)
+    rng, short = np.random.default_rng(rng), num_points - len(pixels)
+    if few == "jitter" or short < 0: pixels = rng.choice(pixels, num_points, replace=short > 0)
+    elif few == "repeat": pixels = np.append(pixels, rng.choice(pixels, short))
+    places = [pixels % lines.shape[1], pixels // lines.shape[1]]  # along a line, and which line
+    points = np.stack(places if lines is mask else places[::-1], axis=1).astype(np.float32)  # (n, 2) xy, pixel corners
+    if jitter or (few == "jitter" and short > 0): points += rng.random(points.shape, dtype=np.float32)
+    elif not corner: points += np.float32(.5)
+    points /= np.array(mask.shape[::-1], dtype=np.float32)
+    if len(points) == num_points: return points
+    return np.pad(points, [(0, num_points - len(points)), (0, 0)], constant_values=-1)
 
 # %% ../nbs/03_points.ipynb #d75043e3
 def region_seed(
@@ -87,14 +94,18 @@ def gather_points(
     rows = x.reshape(r * n, d).index_select(0, (index + first_row).flatten())
     return rows.view(*index.shape, d)
 
-# %% ../nbs/03_points.ipynb #b6ac205d
+# %% ../nbs/03_points.ipynb #2c034fc3
 @torch.no_grad()
 def knn(
     queries:Tensor, # `(r, m, 2)`
     points:Tensor,  # `(r, n, 2)`
     k:int,          # Neighbours, at most `n`
+    expanded:bool=False, # The release's arithmetic: its rounding settles ties, and the order is any
 )->Tensor:          # `(r, m, k)` long, indices into `points`, nearest first
     "The `k` points nearest to each query. Raises `ValueError` if `k > n`."
     if k > points.shape[1]: raise ValueError(f"knn cannot find {k} neighbours among {points.shape[1]} points: lower k")
+    if expanded:
+        distances = -2 * (queries @ points.mT) + queries.square().sum(-1)[:, :, None] + points.square().sum(-1)[:, None]
+        return distances.topk(k, largest=False, sorted=False).indices
     distances = torch.cdist(queries, points, compute_mode="donot_use_mm_for_euclid_dist")  # (r, m, n)
     return distances.topk(k, largest=False).indices

@@ -57,7 +57,7 @@ def pad_examples(
         batch[name] = pad_rows([getattr(encoded, name) for encoded, _ in examples], length, value)
     return batch
 
-# %% ../nbs/10_processor.ipynb #672c81ad
+# %% ../nbs/10_processor.ipynb #f36c319b
 class ProcessorSettings(ProcessorMixin):
     """An image processor, a tokenizer and what joins them, saved and loaded together."""
     def __init__(
@@ -71,6 +71,10 @@ class ProcessorSettings(ProcessorMixin):
         point_radius:float=5.0,  # Of a point's circle, in pixels of the model's image
         num_bins:int=NUM_BINS,   # Of the coordinates
         rule:str="floor",        # Rounding of the coordinates, see `quantize`
+        mask_rule:str="centre",  # Masks of points and boxes, see `region_mask`
+        corner_points:bool=False, # Points on the pixels' corners, see `sample_points`
+        few_pixels:str="jitter", # What a small mask does, see `sample_points`
+        repeatable:bool=True,    # The same question gets the same points; the release draws anew
     ):
         if template not in TEMPLATES: raise ValueError(f"unknown template {template!r}: use one of {list(TEMPLATES)}")
         square = dict(do_resize=True, size={"height": image_size, "width": image_size}, resample=Image.BICUBIC,
@@ -79,6 +83,8 @@ class ProcessorSettings(ProcessorMixin):
         add_region_token(tokenizer)
         self.template, self.image_size, self.image_length = template, image_size, image_length
         self.num_points, self.point_radius, self.num_bins, self.rule = num_points, point_radius, num_bins, rule
+        self.mask_rule, self.corner_points, self.few_pixels = mask_rule, corner_points, few_pixels
+        self.repeatable = repeatable
 
     @property
     def image_token_id(self): return len(self.tokenizer)  # just outside of the vocabulary
@@ -96,9 +102,24 @@ class ProcessorSettings(ProcessorMixin):
         raise ValueError(f"{folder} holds {found or 'no processor'}, not a {cls.__name__}: give a folder that training "
                          "or save_pretrained wrote")
 
-# %% ../nbs/10_processor.ipynb #be01a220
+# %% ../nbs/10_processor.ipynb #57fc0286
 class ExampleEncoder(ProcessorSettings):
     """What one image and its dialogues become."""
+    def mask_points(
+        self,
+        masks:np.ndarray, # `(r, h, w)` bool, in any size
+        rng:np.random.Generator|None=None, # For training; None: `key` and the mask decide
+        key:str|int=0,    # Of the image
+    )->np.ndarray:        # `(r, n, 2)` float32 xy in [0, 1]
+        """Points of each mask."""
+        points = np.zeros((len(masks), self.num_points, 2), dtype=np.float32)
+        for into, mask in zip(points, masks):
+            seed = region_seed(key, mask) if rng is None and self.repeatable else rng
+            jitter = rng is not None and not self.corner_points
+            into[:] = sample_points(mask, self.num_points, seed, jitter, self.corner_points, self.few_pixels)
+            if not self.repeatable: np.random.default_rng(rng).shuffle(into)  # FPS starts at any of them
+        return points
+
     def draw_points(
         self,
         dialogues:list[Dialogue], # Of one image
@@ -107,13 +128,10 @@ class ExampleEncoder(ProcessorSettings):
         rng:np.random.Generator|None=None, # For training; None: image and region decide
     )->np.ndarray:                # `(r, n, 2)` float32 xy in [0, 1]
         """Rasterise each region in the original image's size and draw its points."""
-        key = zlib.crc32(image.tobytes()) if refs and rng is None else None
-        points = np.zeros((len(refs), self.num_points, 2), dtype=np.float32)
-        for into, (d, r) in zip(points, refs):
-            mask = region_mask(dialogues[d].regions[r], *image.size, self.point_radius, self.image_size)
-            seed = region_seed(key, mask) if rng is None else rng
-            into[:] = sample_points(mask, self.num_points, seed, jitter=rng is not None)
-        return points
+        key = zlib.crc32(image.tobytes()) if refs and rng is None else 0
+        masks = [region_mask(dialogues[d].regions[r], *image.size, self.point_radius, self.image_size, self.mask_rule)
+                 for d, r in refs]
+        return self.mask_points(masks, rng, key)
 
     def encode_example(
         self,

@@ -4,22 +4,19 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PLACEHOLDER', 'Turn', 'Dialogue', 'Record', 'Placeholder', 'find_placeholders', 'Where', 'check_dialogue',
-           'check_record', 'record_to_dict', 'record_from_dict', 'read_records', 'write_records', 'open_image']
+           'check_record', 'record_to_dict', 'record_from_dict', 'read_records', 'write_records']
 
-# %% ../nbs/07_records.ipynb #1bd351de
+# %% ../nbs/07_records.ipynb #04cc4c91
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
+from .files import open_image, write_atomic  # open_image: some rooms still take it from here
 from .regions import Point, Region, region_coords, region_from_dict, region_to_dict
 
 # %% ../nbs/07_records.ipynb #581dd5ed
@@ -216,63 +213,15 @@ def read_records(
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file; give a JSON Lines file of records")
     return _stream(path, skipped)
 
-# %% ../nbs/07_records.ipynb #fa97d171
-@contextmanager
-def _replacing(path):
-    "A file to write that takes the place of `path` only when all went well."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # the same folder: a rename cannot cross disks
-    try:
-        with open(part, "xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
+# %% ../nbs/07_records.ipynb #0520d4f0
 def write_records(
     records: Iterable[Record],
     path: str | Path,  # Its folder is made; an old file is replaced in one step, or stays as it was
 ) -> int:  # How many were written
     """Check and write records as JSON Lines, all or nothing. Raises `ValueError` naming the record and the field."""
-    with _replacing(path) as f:
+    with write_atomic(path) as part, open(part, "xb") as f:
         count = 0
         for count, record in enumerate(records, 1):
             check_record(record, f"record {count - 1} for {path}")
             f.write(json.dumps(record_to_dict(record), ensure_ascii=False).encode() + b"\n")
     return count
-
-# %% ../nbs/07_records.ipynb #763a2179
-def _from_array(array):
-    "An array as a PIL image; only kinds whose meaning is plain."
-    good = array.dtype == np.uint8 and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4))
-    if not (good or array.ndim == 2 and array.dtype in (np.bool_, np.uint16)) or not array.size:
-        raise ValueError(f"shape {array.shape}, {array.dtype}: give uint8 (h, w), (h, w, 3) or (h, w, 4)")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-def _to_rgb(image):
-    "Upright, 8 bits, no transparency: what a viewer shows."
-    image = ImageOps.exif_transpose(image)  # a copy
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits; Pillow's own convert cuts at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-def open_image(
-    image: str | Path | Image.Image | np.ndarray,  # The file's content decides what it is, not its extension
-) -> Image.Image:  # RGB, upright by its EXIF; transparent parts on white; always a copy
-    """Open an image of any mode. Raises `FileNotFoundError`, or `ValueError` for all else, naming the file."""
-    name = str(image) if isinstance(image, (str, os.PathLike)) else type(image).__name__
-    try:
-        if isinstance(image, np.ndarray): image = _from_array(image)
-        if isinstance(image, Image.Image): return _to_rgb(image)
-        with Image.open(image) as opened: return _to_rgb(opened)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such image; correct the path or the folder it starts from") from None
-    except Image.DecompressionBombError as e:
-        raise ValueError(f"{name}: is too large an image ({e}); shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS") from e
-    except Exception as e:  # on a broken file Pillow raises nearly anything
-        raise ValueError(f"{name}: cannot be read as an image ({e}); replace it by an image that opens") from e

@@ -195,7 +195,7 @@ def _fill_polygon(mask, flat):
     switches = np.bincount(row * size + first, minlength=(bottom - top) * size).reshape(-1, size)
     mask[top:bottom, left:right] |= switches.cumsum(1)[:, :-1] % 2 == 1
 
-# %% ../nbs/02_regions.ipynb #27f79c67
+# %% ../nbs/02_regions.ipynb #00fb3a0d
 def check_region(
     region:Region,      # `Point`, `Box` or `FreeForm`
     width:int,          # Of the original image
@@ -214,6 +214,17 @@ def check_region(
         if (columns, rows) != (width, height):
             raise ValueError(f"{where}: the mask is {columns} x {rows} (w x h), the image {width} x {height}; "
                              "give the mask in the original image's size")
+
+
+def _paint_released(region, mask, span):
+    "A square of whole pixels around a point; a box with its last row and column: the released masks."
+    if isinstance(region, Point):
+        corners = region.x - span, region.y - span, region.x + span, region.y + span
+    else:
+        corners = region.x1, region.y1, region.x2, region.y2
+    left, top, right, bottom = (max(floor(v), 0) for v in corners)
+    mask[top:bottom + 1, left:right + 1] = True
+    return (left + right) / 2, (top + bottom) / 2
 
 
 def _paint(region, mask, point_radius, model_size):
@@ -236,17 +247,20 @@ def _paint(region, mask, point_radius, model_size):
         place = np.mean(region.polygons[0][::2]), np.mean(region.polygons[0][1::2])
     return place
 
-# %% ../nbs/02_regions.ipynb #b1a93c40
+# %% ../nbs/02_regions.ipynb #2f4e00dc
 def region_mask(
     region:Region,          # `Point`, `Box` or `FreeForm`
     width:int,              # Of the original image
     height:int,             # Of the original image
     point_radius:float=5.0, # Of a point's circle, in pixels of the model's square image
     model_size:int=336,     # Side of the model's square image
+    rule:str="centre",      # "centre"; "released": squares of +-`point_radius` pixels for points, boxes with both ends
 )->np.ndarray:              # `(h, w)` bool, at least one pixel set
     """The binary mask M: the pixels whose centre lies in the region.
 
     Source: Ferret, Hybrid Region Representation. Raises `ValueError` for a region outside of the image."""
+    if rule not in ("centre", "released"):
+        raise ValueError(f"unknown mask rule {rule!r}: use 'centre' or 'released'")
     check_region(region, width, height)
     if getattr(region, "mask", None) is not None:
         return region.mask.copy()
@@ -255,7 +269,10 @@ def region_mask(
     if not (point_radius > 0 and model_size > 0):
         raise ValueError(f"point_radius {point_radius} of model_size {model_size}: both must be positive")
     mask = np.zeros((height, width), dtype=bool)
-    x, y = _paint(region, mask, point_radius, model_size)
+    if rule == "released" and isinstance(region, (Point, Box)):
+        x, y = _paint_released(region, mask, point_radius)
+    else:
+        x, y = _paint(region, mask, point_radius, model_size)
     if not mask.any():  # the region slipped between the pixel centres, or is outside
         check_point((x, y), width, height, where=f"{kind(region)} region at")
         mask[min(int(y), height - 1), min(int(x), width - 1)] = True

@@ -48,7 +48,7 @@ def max_neighbours(
     if not needs_winner: return best
     return x.gather(1, neighbours.gather(2, winner.long()))  # the gradient goes to the winners
 
-# %% ../nbs/04_sampler.ipynb #d0a7e341
+# %% ../nbs/04_sampler.ipynb #4c67ba89
 class SamplerBlock(nn.Module):
     "One block: keep `num_points` of the points, and give each the features of its `k` neighbours (Eq. 1 and 2)."
     def __init__(self,
@@ -57,10 +57,11 @@ class SamplerBlock(nn.Module):
         k:int=24,        # Neighbours of each; all points where there are fewer
         norm:bool=False, # ReLU and LayerNorm before the pooling, as in the release
         pool:str="max",  # "max" (Eq. 2) or "mean"
+        expanded:bool=False, # The release's arithmetic of distances, see `knn`
     ):
         super().__init__()
         if pool not in ("max", "mean"): raise ValueError(f"pool is {pool!r}: use 'max' or 'mean'")
-        self.num_points, self.k, self.pool = num_points, k, pool
+        self.num_points, self.k, self.pool, self.expanded = num_points, k, pool, expanded
         self.theta = nn.Linear(dim + 2, dim + 2)
         self.sigma = nn.Linear(2 * (dim + 2), dim)
         self.norm = nn.LayerNorm(dim) if norm else None
@@ -72,7 +73,7 @@ class SamplerBlock(nn.Module):
         "Sampling, gathering, pooling. Raises `ValueError` if `num_points > n`."
         anchors = fps(points, self.num_points)  # (r, m)
         kept = gather_points(points, anchors)  # (r, m, 2)
-        neighbours = knn(kept, points, min(self.k, points.shape[1]))  # (r, m, k)
+        neighbours = knn(kept, points, min(self.k, points.shape[1]), self.expanded)  # (r, m, k)
         a, b, c = factor_eq1(self.theta, self.sigma)
         near = project_z(features, points, a)  # (r, n, d) each point as a neighbour
         here = project_z(gather_points(features, anchors), kept, b, c)  # (r, m, d) each anchor
@@ -81,7 +82,7 @@ class SamplerBlock(nn.Module):
         if self.norm is not None: h = self.norm(F.relu(h))
         return (h.amax(dim=2) if self.pool == "max" else h.mean(dim=2)), kept
 
-# %% ../nbs/04_sampler.ipynb #02d9493d
+# %% ../nbs/04_sampler.ipynb #333f4a2d
 class RegionSampler(nn.Module):
     "The paper's sampler: two blocks, flatten, project to the language model."
     def __init__(self,
@@ -91,10 +92,11 @@ class RegionSampler(nn.Module):
         k:int=24,        # Neighbours
         norm:bool=False, # The release's ReLU and LayerNorm
         pool:str="max",  # "max" or "mean"
+        expanded:bool=False, # The release's arithmetic of distances
     ):
         super().__init__()
         self.num_points = tuple(num_points)
-        self.blocks = nn.ModuleList(SamplerBlock(dim, m, k, norm, pool) for m in self.num_points[1:])
+        self.blocks = nn.ModuleList(SamplerBlock(dim, m, k, norm, pool, expanded) for m in self.num_points[1:])
         self.flatten_projector = nn.Linear(self.num_points[-1] * dim, dim)
         self.dim_projector = nn.Linear(dim, dim_out)
 
@@ -109,7 +111,7 @@ class RegionSampler(nn.Module):
         for block in self.blocks: features, points = block(features, points)
         return self.dim_projector(self.flatten_projector(features.flatten(1)))
 
-# %% ../nbs/04_sampler.ipynb #7f64d9af
+# %% ../nbs/04_sampler.ipynb #cacac1a0
 class MeanPool(nn.Module):
     "The plain rival: the mean of the points' features, projected. Knows nothing of shape."
     def __init__(self,
@@ -121,10 +123,12 @@ class MeanPool(nn.Module):
 
     def forward(self,
         features:Tensor, # `(r, n, d)`
-        points:Tensor,   # `(r, n, 2)`, not used
+        points:Tensor,   # `(r, n, 2)`; (-1, -1) is no point, and its feature does not count
     )->Tensor:           # `(r, dim_out)`
         "One vector per region."
-        return self.dim_projector(features.mean(dim=1))
+        real = (points[..., :1] >= 0).float()  # (r, n, 1)
+        weights = (real / real.sum(dim=1, keepdim=True)).to(features.dtype)
+        return self.dim_projector((features * weights).sum(dim=1))
 
 # %% ../nbs/04_sampler.ipynb #15c383c6
 def build_sampler(

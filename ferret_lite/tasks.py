@@ -221,7 +221,7 @@ def compound(objects, rng:np.random.Generator, forms:dict=HYBRID, names=None, tr
     return join_dialogues(*(ask(objects, task, items[rng.integers(len(items))], rng, forms, names, train)
                             for task, items in pair))
 
-# %% ../nbs/15_tasks.ipynb #c588e9a8
+# %% ../nbs/15_tasks.ipynb #eb127fe5
 def _shares(mix):
     'Task -> share, "refer" split in three, normalised.'
     shares = {}
@@ -236,6 +236,12 @@ def _deal(items, rng):
     while True:
         for i in rng.permutation(len(items)): yield items[i]
 
+def _often(objects, task, items):
+    "The items of one round: whoever shares a word of its name with another object is looked for three times."
+    if task != "locate": return items
+    words = Counter(word for o in objects for word in set(o.name.split()))
+    return [i for i in items for _ in range(3 if any(words[w] > 1 for w in objects[i].name.split()) else 1)]
+
 def _check_objects(objects, width, height):
     for o in objects:
         x1, y1, x2, y2 = o.box
@@ -243,7 +249,7 @@ def _check_objects(objects, width, height):
             raise ValueError(f"the box {o.box} of {o.name!r} is empty or leaves the {width} x {height} image: "
                              "cut it with coords.clip_boxes, or drop the object")
 
-# %% ../nbs/15_tasks.ipynb #18e559f3
+# %% ../nbs/15_tasks.ipynb #ea0ab290
 def stream_dialogues(
     objects:list[AnnotatedObject],
     width:int,           # Of the image, pixels
@@ -256,7 +262,8 @@ def stream_dialogues(
     "Training dialogues of one image, without end: take as many as fit."
     _check_objects(objects, width, height)
     shares = {task: share for task, share in _shares(mix).items() if share > 0}
-    decks = {task: _deal(items, rng) for task in shares if (items := askable(objects, task, names))}
+    decks = {task: _deal(_often(objects, task, items), rng)
+             for task in shares if (items := askable(objects, task, names))}
     total = sum(shares[task] for task in decks)
     shares = {task: shares[task] / total for task in decks}
     while decks:

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+
+from ferret_lite.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -94,7 +97,7 @@ def picture(tmp_path):
 def test_help_lists_all_commands_without_loading_torch():
     code = "import sys; from ferret_lite.cli import main; main(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"\n  {name} " in out for name in ("fit", "validate", "test", "predict", "ask", "evaluate"))
+    assert all(f"\n  {name} " in out for name in COMMANDS)
     assert out.endswith("False\n")
 
 
@@ -103,9 +106,53 @@ def test_help_lists_all_commands_without_loading_torch():
     (["ask"], "the following arguments are required: image, question"),
     (["ask", "a.png", "What?", "--circle", "1,2"], "unrecognized arguments: --circle"),
     (["fit", "--config", TINY, "--model.colour", "red"], "colour"),
+    (["evaluate"], "the following arguments are required: out (see ferret-lite evaluate --help)"),
+    (["evaluate", "--out", "scores", "--num", "many"], "num"),
+    (["evaluate", "--out", "scores", "--circle", "1,2"], "unrecognized arguments: --circle 1,2"),
 ])
 def test_typing_errors_are_one_line(words, part, error):
     assert part in error(*words, code=2)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_a_function(name, capsys):
+    from ferret_lite.cli import main
+    room, function, _ = COMMANDS[name]
+    assert hasattr(import_module(f"ferret_lite.{room}"), function)
+    with pytest.raises(SystemExit) as stop: main([name, "--help"])
+    assert stop.value.code == 0 and f"ferret-lite {name}" in capsys.readouterr().out.replace("[options] ", "")
+
+
+def test_plain_commands_are_typed_functions(monkeypatch, capsys, error):
+    """One line in the table makes a command of a function; a dict of functions has subcommands."""
+    from ferret_lite import cli
+    def build(source: str, *, out: str, num: int = 3):
+        """Build it.
+
+        Args:
+            source: what from.
+            out: where to.
+            num: how many.
+        """
+        if num < 0: raise ValueError(f"--num {num}: cannot be negative;\n give more")
+        print(source, out, num)
+    monkeypatch.setattr(cli, "build", build, raising=False)
+    monkeypatch.setattr(cli, "tools", {"build": build}, raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "build", ("cli", "build", "build it"))
+    monkeypatch.setitem(cli.COMMANDS, "tools", ("cli", "tools", "build and more"))
+    cli.main(["build", "a", "--out", "b"])
+    cli.main(["tools", "build", "a", "--out", "b", "--num", "4"])
+    assert capsys.readouterr().out == "a b 3\na b 4\n"
+    assert "cannot be negative; give more" in error("build", "a", "--out", "b", "--num", "-1")
+    assert "unrecognized arguments: --size 3" in error("tools", "build", "a", "--out", "b", "--size", "3", code=2)
+    assert "'bulid'" in error("tools", "bulid", code=2)
+
+
+def test_shipped_configs_have_names(error):
+    from ferret_lite.cli import find_config
+    assert [Path(find_config(path.stem)).read_text() for path in CONFIGS] == [path.read_text() for path in CONFIGS]
+    assert "no such config; give a file, or one of tiny, voc" in error("fit", "--config", "tinny")
+    assert "no such config" in error("fit", "--config=tinny")
 
 
 def test_errors_are_one_line_in_a_process_of_its_own(tmp_path):
@@ -225,7 +272,7 @@ ASK = [
     (["photo.png", "What is [region0]?", "--mask", "none.png"], "none.png"),
     (["photo.png", "What?", "--out", "photo.png"], "is the image itself"),
     (["photo.png", "What?", "--model", "none"], "none is no folder"),
-    (["photo.png", "What?"], "ferret-lite fit --config configs/tiny.yaml"),
+    (["photo.png", "What?"], "ferret-lite fit --config tiny"),
 ]
 
 

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from ferret_lite.data import (FerretDataModule, FolderExamples, SceneExamples, Stage, StageBatches, TrainingDataset,
-                              dense_targets, make_questions, patch_labels, stage_at, tiny_processor, zoom_and_flip)
+                              make_questions, stage_at, tiny_processor)
 from ferret_lite.sources import Annotated
+from ferret_lite.targets import dense_targets, patch_labels, zoom_and_flip
 from ferret_lite.tasks import AnnotatedObject, dataset_texts
 
 OBJECT = ("<object><name>{0}</name><difficult>{2}</difficult><bndbox><xmin>{1[0]}</xmin><ymin>{1[1]}</ymin>"
@@ -241,14 +242,14 @@ def test_a_folder_with_nothing_usable_is_one_error(voc):
 def test_images_of_any_mode(voc, mode):
     root = voc(a=[DOG, CAT])
     picture(root/"JPEGImages/a.jpg", (40, 30), mode)
-    batch = next(iter(module([Stage(1, 2)], format="voc", root=root, augment=True).train_dataloader()))
+    batch = next(iter(module([Stage(1, 2)], format="voc", root=root, augment="mirror").train_dataloader()))
     assert tuple(batch["pixel_values"].shape) == (2, 3, 64, 64) and batch["pixel_values"].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 150), (300, 3)])
 def test_images_of_any_size(voc, size):
     root = voc(size, a=[("dog", (0, 0, *size)), ("cat", (0, 0, 1, 1))])
-    data = module([Stage(3, 2)], format="voc", root=root, augment=True)
+    data = module([Stage(3, 2)], format="voc", root=root, augment="mirror")
     for batch in data.train_dataloader():
         points = batch["region_points"][batch["region_mask"]]
         assert ((points >= 0) & (points <= 1)).all()
@@ -307,7 +308,7 @@ def test_a_run_in_which_nothing_works_ends_with_the_reason(data):
 def test_a_crop_without_a_question_is_not_used(data):
     ignored = AnnotatedObject("cat", (0, 57, 3, 60), ignore=True)
     corner = image_of([AnnotatedObject("dog", (0, 0, 3, 3)), ignored], "corner")
-    dataset, sizes = dataset_of(data, Listed([corner]), augment=True, mix={"locate": 1.0}), set()
+    dataset, sizes = dataset_of(data, Listed([corner]), augment="mirror", mix={"locate": 1.0}), set()
     for step in range(2, 6):
         cropped = zoom_and_flip(corner, np.random.default_rng([0, step, 0]))
         image, (encoded, points), dense = dataset[(step, 0, 0)]

@@ -159,6 +159,7 @@ def test_wheel_holds_the_package(copy, settings):
         metadata = archive.read(f"{info}/METADATA").decode()
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert {f"ferret_lite/{name}" for name in modules(ROOT / "ferret_lite")} <= set(names)
+    assert {f"ferret_lite/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
     assert not [name for name in names if not name.startswith(("ferret_lite/", info))], "something else is packed"
     assert f"Version: {ferret_lite.__version__}" in metadata
     assert f"Requires-Python: >={settings['min_python']}" in metadata

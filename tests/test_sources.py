@@ -167,7 +167,7 @@ def test_coco_order_boxes_names_and_masks(coco):
     (note((2, 3, 0, 8)), r"annotations\[0\].bbox.*is empty"),
     (note((50, 3, 5, 8)), r"outside of the 40 x 30 image"),
     (note((2, 3, 99, 8)), r"leaves the 40 x 30 image"),
-    (note((2, 3, float("nan"), 8)), r"NaN"),
+    (note((2, "3", 9, 8)), r"annotations\[0\].bbox': is \[2, '3', 9, 8\]"),
     (note((2, 3, 8)), r"annotations\[0\].bbox': is \[2, 3, 8\]"),
     (dict(image_id=7, category_id=5), r"annotations\[0\].bbox': is None"),
     (note(category=1), r"annotations\[0\].category_id': is 1"),
@@ -209,3 +209,44 @@ def test_coco_files_that_are_no_json_and_images_that_are_none(coco):
     (root/"annotations/instances_train.json").write_text("{")
     with pytest.raises(ValueError, match="no readable JSON"):
         coco_records(root/"annotations/instances_train.json", root/"images")
+
+
+def test_nan_is_no_json_and_ends_the_file(coco):
+    root = coco([note((2, 3, float("nan"), 8))])
+    with pytest.raises(ValueError, match="instances_train.json: no readable JSON"):
+        open_source(root, "train", "coco", skipped=[])
+
+
+def test_tables_in_any_order_and_large_ids(coco):
+    root = coco([note(image=2**40)], images=[dict(id=2**40, file_name="a.jpg", width=40, height=30)])
+    path = root/"annotations/instances_train.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({k: data[k] for k in ("annotations", "categories", "images")}))
+    (record,) = open_source(root, "train", "coco")
+    assert record.id == str(2**40) and len(record.objects) == 1
+
+
+def test_without_a_folder_no_image_is_looked_at(coco):
+    root = coco([note()], images=[dict(id=7, file_name="train/gone.jpg", width=40, height=30)])
+    (record,) = coco_records(root/"annotations/instances_train.json", None)
+    assert record.image == "train/gone.jpg" and record.absent is None
+
+
+def test_lvis_knows_what_it_checked(coco):
+    root = coco([note(image=1, category=1), note(image=1, category=2)], categories=[
+        dict(id=1, name="chili_(vegetable)"), dict(id=2, name="traffic_light"), dict(id=3, name="cow"), dict(id=4, name="pig")],
+        images=[dict(id=1, coco_url="http://images.cocodataset.org/val2017/a.jpg", width=40, height=30,
+                     neg_category_ids=[3], not_exhaustive_category_ids=[2])])
+    (root/"annotations/instances_train.json").rename(root/"annotations/lvis_v1_train.json")
+    (record,) = open_source(root, "train", "lvis")
+    assert [o.name for o in record.objects] == ["chili", "traffic light"] and record.image.endswith("images/a.jpg")
+    assert record.absent == ["cow"] and record.counted == {"chili"}
+
+
+def test_objects365_paths_names_and_fakes(coco):
+    root = coco([note(isfake=1), note(category=9)], categories=[dict(id=5, name="Cabinet/shelf"), dict(id=9, name="Street Lights")],
+                images=[dict(id=7, file_name="images/v1/patch8/a.jpg", width=40, height=30)])
+    (root/"images/patch8").mkdir()
+    (root/"images/a.jpg").rename(root/"images/patch8/a.jpg")
+    (record,) = open_source(root, "train", "objects365")
+    assert [(o.name, o.ignore) for o in record.objects] == [("cabinet or shelf", True), ("street lights", False)]
