@@ -43,7 +43,7 @@ def open_weights(
     if isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values())): return tensors
     raise ValueError(f"{path} holds something else than tensors by name: it is no checkpoint")
 
-# %% ../nbs/05b_weights.ipynb #1cd03263
+# %% ../nbs/05b_weights.ipynb #61581b1f
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -73,7 +73,7 @@ class Weights(Mapping):
     def __len__(self): return len(self.files)
     def __getitem__(self, key):
         path = self.files[key]
-        if path not in self._open or self._read > 2**27:  # what was read counts as our memory until it is unmapped
+        if path not in self._open or self._read > 2**25:  # what was read counts as our memory until it is unmapped
             self._open, self._read = {path: open_weights(path)}, 0
         tensor = self._open[path][key]
         self._read += tensor.nbytes
