@@ -19,6 +19,7 @@ _ROOMS = {  # module -> the names that `ferret_lite` hands on, in reading order
     "prompt": "Template encode_dialogues encode_prompt",
     "processor": "FerretProcessor",
     "vision": "ConvStemVisionConfig ConvStemVisionModel",
+    "clip": "",
     "model": "FerretConfig FerretForConditionalGeneration load_model save_model",
     "official": "",
     "conversion": "",

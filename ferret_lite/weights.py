@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# %% ../nbs/05b_weights.ipynb #56ea483f
+# %% ../nbs/05b_weights.ipynb #30d1f567
 def read_json(path:str|Path)->dict:
     """A JSON file, or an error that names it."""
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -40,10 +40,11 @@ def open_weights(
         raise ValueError(f"{path} is no plain file of tensors: reading it could run code, so it is refused") from e
     except (SafetensorError, RuntimeError, BadZipFile, EOFError) as e:
         raise ValueError(f"{path} is damaged, or no file of weights: download it again") from e
-    if isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values())): return tensors
+    if isinstance(tensors, dict) and all(isinstance(k, str) and torch.is_tensor(t) for k, t in tensors.items()):
+        return {key: tensor.detach() for key, tensor in tensors.items()}  # some save parameters
     raise ValueError(f"{path} holds something else than tensors by name: it is no checkpoint")
 
-# %% ../nbs/05b_weights.ipynb #1cd03263
+# %% ../nbs/05b_weights.ipynb #95e3ce3e
 WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors",
                 "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -59,21 +60,23 @@ class Weights(Mapping):
         if not found: raise FileNotFoundError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}")
         self.index = found[0]  # stands for the whole in errors
         placed = read_json(self.index).get("weight_map", {}) if self.index.suffix == ".json" else {}
-        for name in sorted({*placed.values()}) or [self.index.name]: self._add(self.folder / name, re.compile(skip))
+        for name in sorted({*placed.values()}) or [self.index.name]:
+            self._add(self.folder / name, placed, re.compile(skip))
         for key, name in placed.items():
             if key not in self.files and not re.search(skip, key):
                 raise ValueError(f"{self.folder / name} lacks {key}; {self.index} places it there: download it again")
 
-    def _add(self, path, skip):
+    def _add(self, path, placed, skip):
         if not path.is_file(): raise FileNotFoundError(f"{path} is missing; {self.index} names it: download it again")
         for key, tensor in open_weights(path).items():
-            if not skip.search(key): self.files[key], self.shapes[key] = path, tuple(tensor.shape)
+            if skip.search(key) or placed.get(key, path.name) != path.name: continue  # the index has the last word
+            self.files[key], self.shapes[key] = path, tuple(tensor.shape)
 
     def __iter__(self): return iter(self.files)
     def __len__(self): return len(self.files)
     def __getitem__(self, key):
         path = self.files[key]
-        if path not in self._open or self._read > 2**27:  # what was read counts as our memory until it is unmapped
+        if path not in self._open or self._read > 2**25:  # what was read counts as our memory until it is unmapped
             self._open, self._read = {path: open_weights(path)}, 0
         tensor = self._open[path][key]
         self._read += tensor.nbytes
@@ -144,7 +147,7 @@ def write_safetensors(
         os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/05b_weights.ipynb #a2b16440
+# %% ../nbs/05b_weights.ipynb #5fa68562
 def open_part(
     out:Path,   # The folder to be
     stamp:dict, # All that decides its content
@@ -159,5 +162,5 @@ def open_part(
 
 def close_part(part:Path, out:Path):
     """Put the finished folder in its place."""
-    (part / "stamp.json").unlink()
     os.rename(part, out)
+    (out / "stamp.json").unlink()

@@ -2,8 +2,8 @@
 
     FERRET_GOLDEN_OFFICIAL=/path/to/golden pytest tests/test_official.py
 
-`golden/official_a` holds a tiny checkpoint in Apple's format (without CLIP) and what Apple's code computed with it. The other
-folders are written here, from a seed, and held against `released_features`: the release's steps, one after the other."""
+`golden/official_a` holds a tiny checkpoint in Apple's format (without CLIP) and what Apple's code computed with it. The
+other folders are written here, from a seed, and held against `released_features`: the release's steps, one by one."""
 import importlib.util
 import json
 import os
@@ -39,10 +39,11 @@ TALK = Dialogue([Turn("user", "What is in region [region0] and [region1]?"),
                  Turn("user", "Where is the dog?"), Turn("assistant", "There is no dog.")],
                 [Box(12, 34, 560, 780), Point(5, 6), Box(100, 200, 300, 400)])
 SIZES = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=381)
-CLIP = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+CLIP = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56,
+            patch_size=14)
 
 
-# Apple's folders, written from a seed ----------------------------------------------------------------------------------
+# Apple's folders, written from a seed --------------------------------------------------------------------------------
 
 def random_tensors(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +60,8 @@ def ferret_shapes(sampler, sizes=SIZES, c=32):
     with torch.device("meta"): words = LlamaForCausalLM(LlamaConfig(**sizes)).state_dict()
     d, shapes = sizes["hidden_size"], {key: t.shape for key, t in words.items()}
     shapes |= {"model.mm_projector.weight": (d, c), "model.mm_projector.bias": (d,)}
-    if sampler == "adapter": return shapes | {"model.region_fea_adapter.weight": (d, c), "model.region_fea_adapter.bias": (d,)}
+    if sampler == "adapter":
+        return shapes | {"model.region_fea_adapter.weight": (d, c), "model.region_fea_adapter.bias": (d,)}
     own = {"flatten_projector.weight": (c, 32 * c), "flatten_projector.bias": (c,),
            "dim_projector.weight": (d, c), "dim_projector.bias": (d,)}
     for i in range(2):
@@ -75,7 +77,8 @@ def write_weights(folder, tensors, layout="bin"):
     form, save = ("pytorch_model{}.bin", torch.save) if "bin" in layout else ("model{}.safetensors", save_file)
     keys, count = list(tensors), 3 if "sharded" in layout else 1
     placed = {key: form.format(f"-{i % count + 1:05}-of-{count:05}" if count > 1 else "") for i, key in enumerate(keys)}
-    for name in set(placed.values()): save({key: tensors[key].clone() for key in keys if placed[key] == name}, folder / name)
+    for name in set(placed.values()):
+        save({key: tensors[key].clone() for key in keys if placed[key] == name}, folder / name)
     if count > 1: (folder / f"{form.format('')}.index.json").write_text(json.dumps({"weight_map": placed}))
 
 
@@ -93,9 +96,10 @@ def write_clip(folder, tensors=None, layout="bin"):
     if tensors: write_weights(folder, tensors, layout)
 
 
-def write_official(root, sampler="geo", pool="max", layout="bin", clip="bin", old=False, dtype=torch.float32):
+def write_official(root, sampler="geo", pool="max", layout="bin", clip="bin", old=False, dtype=torch.float32,
+                   sizes=SIZES, **config):
     """`root / "ferret"`, and where it wants one a CLIP; returns all tensors by their names in the bin."""
-    words, eyes = random_tensors(ferret_shapes(sampler)), random_tensors(clip_shapes(), 1)
+    words, eyes = random_tensors(ferret_shapes(sampler, sizes)), random_tensors(clip_shapes(), 1)
     inside = {f"model.vision_tower.vision_tower.{key}": t for key, t in eyes.items()}
     words, inside = ({key: t.to(dtype) for key, t in part.items()} for part in (words, inside))
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
@@ -103,13 +107,14 @@ def write_official(root, sampler="geo", pool="max", layout="bin", clip="bin", ol
     folder = root / "ferret"
     write_weights(folder, words | (inside if clip == "bin" else {}) | buffers, layout)
     write_config(folder, region_geo_sampler=sampler == "geo", sampler_pooler_mode=pool if sampler == "geo" else None,
-                 mm_vision_tower="nowhere/clip-tiny" if clip in ("subfolder", "argument") else "clip-tiny")
-    place = folder / "vision_tower" if clip == "subfolder" else root / ("elsewhere" if clip == "argument" else "clip-tiny")
+                 **{"mm_vision_tower": "nowhere/clip-tiny" if clip in ("subfolder", "argument") else "clip-tiny",
+                    "num_key_value_heads": sizes["num_attention_heads"], **sizes, **config})
+    place = root / {"subfolder": "ferret/vision_tower", "argument": "elsewhere"}.get(clip, "clip-tiny")
     write_clip(place, eyes if clip != "bin" else None)
     return words | inside
 
 
-# The release's steps ---------------------------------------------------------------------------------------------------
+# The release's steps -------------------------------------------------------------------------------------------------
 
 def released_features(tensors, image_map, masks, pool="max"):
     """One vector per (h, w) mask, as the released code computes it when FPS starts at the first point."""
@@ -119,7 +124,9 @@ def released_features(tensors, image_map, masks, pool="max"):
     for mask in masks:
         points = torch.from_numpy(mask.T.copy()).nonzero() / torch.tensor(mask.T.shape)  # (n, 2) from a [w, h] mask
         grid = image_map.T.reshape(1, -1, side, side)
-        if adapter is not None: grid = F.linear(image_map, adapter, tensors["model.region_fea_adapter.bias"]).T.reshape(1, -1, side, side)
+        if adapter is not None:
+            projected = F.linear(image_map, adapter, tensors["model.region_fea_adapter.bias"])
+            grid = projected.T.reshape(1, -1, side, side)
         x = F.grid_sample(grid, 2 * points.flip(-1)[None, None] - 1, align_corners=True)[0, :, 0].T  # (n, c)
         if adapter is not None:
             out.append(x.mean(0))
@@ -145,19 +152,19 @@ def released_features(tensors, image_map, masks, pool="max"):
     return torch.stack(out)
 
 
-def released_outputs(tensors, pixel_values, ids, masks, pool="max"):
+def released_outputs(tensors, pixel_values, ids, masks, pool="max", sizes=SIZES, region=380):
     """Logits over the text with the image's 16 patches in the place of -200, and the regions' features."""
     eyes = CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval()
     prefix = "model.vision_tower.vision_tower.vision_model."
     eyes.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
     image_map = eyes(pixel_values, output_hidden_states=True).hidden_states[-2][0, 1:]
-    words = LlamaForCausalLM(LlamaConfig(**SIZES, rms_norm_eps=1e-6)).eval()
+    words = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-6)).eval()
     words.load_state_dict({key: tensors[key] for key in words.state_dict()})
     regions = released_features(tensors, image_map, masks, pool)
     place, embed = int((ids == -200).nonzero()), words.get_input_embeddings()
     patches = F.linear(image_map, tensors["model.mm_projector.weight"], tensors["model.mm_projector.bias"])
     after = embed(ids[place + 1:])
-    after[ids[place + 1:] == 380] = regions
+    after[ids[place + 1:] == region] = regions
     return words(inputs_embeds=torch.cat([embed(ids[:place]), patches, after])[None]).logits, regions
 
 
@@ -178,33 +185,36 @@ def encode(processor, talk=TALK):
 
 def collapse(ids, processor):
     """Ids with the image's run as one -200, and which positions that keeps."""
-    keep = (ids[0] != processor.image_token_id) | (torch.arange(ids.shape[1]) == (ids[0] == processor.image_token_id).nonzero()[0])
-    return torch.where(ids[0] == processor.image_token_id, -200, ids[0])[keep], keep
+    is_image = ids[0] == processor.image_token_id
+    keep = ~is_image | (torch.arange(ids.shape[1]) == is_image.nonzero()[0])
+    return torch.where(is_image, -200, ids[0])[keep], keep
 
 
 def expand(ids, processor):
     place = int((ids == -200).nonzero())
-    return torch.cat([ids[:place], torch.full((processor.image_length,), processor.image_token_id), ids[place + 1:]])[None]
+    image = torch.full((processor.image_length,), processor.image_token_id)
+    return torch.cat([ids[:place], image, ids[place + 1:]])[None]
 
 
 def close(ours, theirs): assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 @torch.no_grad()
-def same_numbers(folder, tensors, pool="max", masks=None, **options):
+def same_numbers(folder, tensors, pool="max", masks=None, sizes=SIZES, **options):
     """Load, and hold features and logits against the release's steps."""
     masks = some_masks() if masks is None else masks
     model, processor = load(folder, **options)
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(2))
     ids = encode(processor)[0]
-    logits, regions = released_outputs(tensors, pixels, collapse(ids, processor)[0], masks, pool)
+    logits, regions = released_outputs(tensors, pixels, collapse(ids, processor)[0], masks, pool, sizes,
+                                       processor.region_token_id)
     points = torch.from_numpy(processor.mask_points(masks))[None]
     close(model.get_region_features(model.get_vision_maps(pixels)[1], points), regions)
     close(model(input_ids=ids, pixel_values=pixels, region_points=points).logits, logits)
     return model, processor
 
 
-# Apple's numbers -------------------------------------------------------------------------------------------------------
+# Apple's numbers -----------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def apple(tmp_path_factory):
@@ -245,7 +255,7 @@ def test_small_golden(apple, monkeypatch):
 
 
 def test_the_releases_options_each_matter(apple):
-    """Every option of the released behaviour moves the numbers of the golden, so a switch that does nothing is noticed."""
+    """Every option of the released behaviour moves the golden's numbers, so a switch that does nothing is noticed."""
     model, processor, masks, expected = apple
     maps = [expected["image_features"].mT.reshape(1, 32, 4, 4)]
     points = torch.from_numpy(processor.mask_points(masks))[None]
@@ -290,11 +300,12 @@ def test_full_golden(tmp_path):
     convert(out=str(tmp_path / "b"), base=str(GOLDEN / "vicuna-tiny"), delta=str(GOLDEN / "ferret-tiny-delta"))
     golden_outputs(*load(tmp_path / "b"))
     export(tmp_path / "a", tmp_path / "back")
-    one, two = (torch.load(f / "pytorch_model.bin", weights_only=True) for f in (GOLDEN / "ferret-tiny", tmp_path / "back"))
+    folders = GOLDEN / "ferret-tiny", tmp_path / "back"
+    one, two = (torch.load(folder / "pytorch_model.bin", weights_only=True) for folder in folders)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-# Every way to store a checkpoint ---------------------------------------------------------------------------------------
+# Every way to store a checkpoint -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("layout", ["bin", "bin sharded", "safetensors", "safetensors sharded"])
 def test_layouts(tmp_path, layout):
@@ -309,13 +320,14 @@ def test_clip_places(tmp_path, clip):
 
 def test_clip_from_the_hubs_cache_and_from_a_whole_clip(tmp_path, monkeypatch):
     tensors = write_official(tmp_path, clip="sibling")
-    whole = CLIPModel(CLIPConfig(vision_config=CLIP, text_config=dict(SIZES, max_position_embeddings=8), projection_dim=16))
+    text = dict(SIZES, max_position_embeddings=8)
+    whole = CLIPModel(CLIPConfig(vision_config=CLIP, text_config=text, projection_dim=16))
     shutil.move(tmp_path / "clip-tiny", tmp_path / "cached")
     eyes = torch.load(tmp_path / "cached" / "pytorch_model.bin", weights_only=True)
     rest = {key: t for key, t in whole.state_dict().items() if not key.startswith("vision_model.")}
     torch.save({key: t.clone() for key, t in (eyes | rest).items()}, tmp_path / "cached" / "pytorch_model.bin")
     whole.config.save_pretrained(tmp_path / "cached")
-    monkeypatch.setattr("ferret_lite.official.snapshot_download", lambda name, **options: str(tmp_path / "cached"))
+    monkeypatch.setattr("ferret_lite.clip.snapshot_download", lambda name, **options: str(tmp_path / "cached"))
     same_numbers(tmp_path / "ferret", tensors)
 
 
@@ -326,9 +338,10 @@ def test_mean_pooling(tmp_path):
 @pytest.mark.parametrize("count", [512, 96])
 def test_adapter(tmp_path, count):
     """The older variant averages over the pixels that there are; fewer than 512 are no approximation."""
-    model, processor = same_numbers(tmp_path / "ferret", write_official(tmp_path, sampler="adapter"), masks=some_masks(count))
+    tensors = write_official(tmp_path, sampler="adapter")
+    same_numbers(tmp_path / "ferret", tensors, masks=some_masks(count))
     convert(out=str(tmp_path / "ours"), official=str(tmp_path / "ferret"))
-    again, _ = same_numbers(tmp_path / "ours", torch.load(tmp_path / "ferret" / "pytorch_model.bin"), masks=some_masks(count))
+    again, _ = same_numbers(tmp_path / "ours", tensors, masks=some_masks(count))
     export(again, tmp_path / "back")
     back, first = (torch.load(f / "pytorch_model.bin") for f in (tmp_path / "back", tmp_path / "ferret"))
     assert back.keys() == first.keys() and all(torch.equal(back[key], first[key]) for key in first)
@@ -359,7 +372,7 @@ def test_masks_and_points_of_the_release(tmp_path):
     assert not np.array_equal(points, processor.mask_points(np.stack([box, click])))
 
 
-# There and back --------------------------------------------------------------------------------------------------------
+# There and back ------------------------------------------------------------------------------------------------------
 
 def test_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr("ferret_lite.weights.SHARD_BYTES", 1)
@@ -425,7 +438,7 @@ def test_interrupted_conversion_goes_on_or_starts_again(tmp_path, monkeypatch):
     same_numbers(tmp_path / "ours", tensors)
     calls.clear()
     with pytest.raises(Stopped): convert(out=str(tmp_path / "other"), official=str(tmp_path / "ferret"))
-    convert(out=str(tmp_path / "other"), official=str(tmp_path / "ferret"), dtype="bfloat16")  # another type: from the start
+    convert(out=str(tmp_path / "other"), official=str(tmp_path / "ferret"), dtype="bfloat16")  # so: from the start
     assert {t.dtype for t in Weights(tmp_path / "other").values()} == {torch.bfloat16}
 
 
@@ -434,7 +447,7 @@ def test_memory_stays_far_below_one_copy(tmp_path, mode):
     """A checkpoint of 480 MB, in one file."""
     sizes = dict(SIZES, hidden_size=1024, intermediate_size=2816, num_hidden_layers=9, num_attention_heads=8,
                  num_key_value_heads=8)
-    words = {key: torch.zeros(shape, dtype=torch.float32).normal_() for key, shape in ferret_shapes("geo", sizes).items()}
+    words = {key: torch.randn(shape) for key, shape in ferret_shapes("geo", sizes).items()}
     words |= {f"model.vision_tower.vision_tower.{key}": t for key, t in random_tensors(clip_shapes()).items()}
     total = sum(t.nbytes for t in words.values())
     assert total > 4.5e8
@@ -443,8 +456,8 @@ def test_memory_stays_far_below_one_copy(tmp_path, mode):
     write_clip(tmp_path / "clip-tiny")
     options = {"official": str(tmp_path / "ferret")}
     if mode == "delta":
-        base = {key: t for key, t in words.items() if key.startswith(("model.layers", "model.norm", "lm_head", "model.embed"))}
-        base = {key: t[:380].clone() if t.shape[0] == 381 else t for key, t in base.items()}
+        kinds = ("model.layers", "model.norm", "lm_head", "model.embed")
+        base = {key: t[:380].clone() if t.shape[0] == 381 else t for key, t in words.items() if key.startswith(kinds)}
         write_weights(tmp_path / "vicuna", base)
         (tmp_path / "vicuna" / "config.json").write_text(json.dumps({**sizes, "vocab_size": 380}))
         options = {"base": str(tmp_path / "vicuna"), "delta": str(tmp_path / "ferret")}
@@ -458,14 +471,15 @@ before = peak()
 c.convert(out={str(tmp_path / "ours")!r}, **{options!r})
 print("GROWTH", peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     growth = int(done.stdout.split("GROWTH")[1])
     print(f"{mode}: {total / 1e6:.0f} MB, growth {growth / 1e6:.0f} MB")
     assert growth < total * (0.6 if mode == "official" else 0.9)
 
 
-# What is broken says what and where ------------------------------------------------------------------------------------
+# What is broken says what and where ----------------------------------------------------------------------------------
 
 def broken(tmp_path, *words, error=ValueError, **options):
     """Loading and converting fail with one line that holds all of `words`, and nothing is left behind."""
@@ -544,7 +558,8 @@ def test_truncated_file(tmp_path, layout):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"mm_vision_tower": None}, ["lacks mm_vision_tower"]), ({"im_region_fea_token": None}, ["lacks im_region_fea_token"]),
+    ({"mm_vision_tower": None}, ["lacks mm_vision_tower"]),
+    ({"im_region_fea_token": None}, ["lacks im_region_fea_token"]),
     ({"mm_use_im_start_end": True}, ["mm_use_im_start_end is True"]), ({"image_aspect_ratio": "pad"}, ["'pad'"]),
     ({"sampler_pooler_mode": "min"}, ["sampler_pooler_mode is 'min'"]), ({"model_type": "llava"}, ["'llava'"]),
     ({"mm_vision_select_feature": "cls_patch"}, ["cls_patch"]), ({"mm_hidden_size": 64}, ["mm_hidden_size 64"])])
@@ -568,7 +583,8 @@ def test_no_clip_anywhere(tmp_path):
     write_official(tmp_path, clip="sibling")
     shutil.rmtree(tmp_path / "clip-tiny")
     broken(tmp_path, "clip-tiny", "--vision-tower", error=FileNotFoundError)
-    broken(tmp_path, "no CLIP in", official=str(tmp_path / "ferret"), vision_tower=str(tmp_path / "x"), error=FileNotFoundError)
+    folders = {"official": str(tmp_path / "ferret"), "vision_tower": str(tmp_path / "x")}
+    broken(tmp_path, "no CLIP in", **folders, error=FileNotFoundError)
     write_clip(tmp_path / "clip-tiny")  # settings alone
     broken(tmp_path, "--vision-tower", error=FileNotFoundError)
 
@@ -613,7 +629,7 @@ def test_export_refuses_what_apple_would_compute_otherwise(tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-# Training --------------------------------------------------------------------------------------------------------------
+# Training ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 def test_lora_trains(tmp_path):
