@@ -69,7 +69,7 @@ def _genome_relations(store, image, objects, index, where, skipped):
         predicate = _clean(row.get("predicate") or "")
         if len(ends) == 2 and predicate and ends[0] != ends[1]: yield Relation(ends[0], predicate, ends[1])
 
-# %% ../nbs/16a_corpora.ipynb #8cfd3216
+# %% ../nbs/16a_corpora.ipynb #a360d7f9
 _GENOME_IMAGE = {"image_id": int, "width": int, "height": int, "url": str}
 GENOME = {"objects": "image_id", "attributes": "image_id", "relationships": "image_id", "region_descriptions": "id"}
 
@@ -93,10 +93,11 @@ def visual_genome_records(
 )->Iterator[Annotated]:     # In the order of image_data.json; nothing is surely absent
     "Stream Visual Genome: objects, attributes, relationships and region descriptions of each image."
     folder, store = Path(folder), RowStore()
-    found = {table: key for table, key in GENOME.items() if (folder/f"{table}.json").is_file()}
+    found = [table for table in GENOME if (folder/f"{table}.json").is_file()]
     if not found: raise ValueError(f"{folder}: none of {', '.join(f'{t}.json' for t in GENOME)} is there; unpack them")
-    for table, key in found.items():
-        store.fill(table, ((row.get(key), row) for row in stream_json(folder/f"{table}.json")))
+    for table, key in GENOME.items():  # a missing file is an empty table
+        rows = stream_json(folder/f"{table}.json") if table in found else ()
+        store.fill(table, ((row.get(key), row) for row in rows))
     where = Where(str(folder/"image_data.json"))
     for i, image in enumerate(stream_json(folder/"image_data.json")):
         try:

@@ -113,7 +113,7 @@ def open_part(
         raise ValueError(f"part {part.name!r}, {part.format!r} files: {error}; it takes {', '.join(takes)}") from None
     return reader(**files)
 
-# %% ../nbs/20_grit.ipynb #74dc3d5b
+# %% ../nbs/20_grit.ipynb #bb29a0d2
 def check_config(config:GritConfig)->GritConfig:
     "Raise `ValueError` unless the mix can be built."
     names = [part.name for part in config.parts]
@@ -138,7 +138,7 @@ def read_config(
     parser.add_argument("--grit", type=GritConfig)
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return check_config(parser.instantiate_classes(parser.parse_object({"grit": data})).grit)
+        return check_config(parser.instantiate(parser.parse_object({"grit": data})).grit)
     except (ArgumentError, yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -297,7 +297,7 @@ def build(
     write_card(folder, index, [(p.name, p.format, f"{p.repeat:g}") for p in config.parts], notes)
     return index
 
-# %% ../nbs/20_grit.ipynb #f1e20f27
+# %% ../nbs/20_grit.ipynb #5b4b95c0
 def grit_build(config:str, out:str|None=None):
     """Build a GRIT: shards for training and a data card. A build that was killed goes on where it was.
 
