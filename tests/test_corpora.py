@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from ferret_lite.annotated import Relation
-from ferret_lite.corpora import flickr30k_records, mdetr_records, read_plain_pickle, refcoco_records, visual_genome_records
+from ferret_lite.corpora import flickr30k_records, mdetr_records, read_plain_pickle, refcoco_records
+from ferret_lite.genome import visual_genome_records
 from ferret_lite.released import llava_records
 
 BOX = dict(x=2, y=3, w=10, h=8)
@@ -20,7 +21,8 @@ def write(folder, **files):
 
 
 def genome(folder, **changes):
-    image = dict(image_id=1, width=40, height=30, url="https://cs.stanford.edu/people/rak248/VG_100K_2/1.jpg", coco_id=None)
+    url = "https://cs.stanford.edu/people/rak248/VG_100K_2/1.jpg"
+    image = dict(image_id=1, width=40, height=30, url=url, coco_id=None)
     man = dict(object_id=7, names=["man"], synsets=[], merged_object_ids=[], **BOX)
     hat = dict(object_id=9, name="Hat", **BOX)
     data = dict(image_data=[image], objects=[dict(image_id=1, objects=[man])],
@@ -58,7 +60,8 @@ def test_odd_genome_objects_name_file_and_field(tmp_path, objects, message):
 
 
 @pytest.mark.parametrize("payload", [
-    b"cos\nsystem\n(S'true'\ntR.", b"(S'true'\nios\nsystem\n.", b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
+    b"cos\nsystem\n(S'true'\ntR.", b"(S'true'\nios\nsystem\n.",
+    b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.",
     b"\x80\x02cos\nsystem\n)\x81.", pickle.dumps({1, 2}.__class__), b"", b"\x80", b"not a pickle", b"P1\n."])
 def test_no_pickle_runs(tmp_path, payload):
     (tmp_path / "refs.p").write_bytes(payload)
@@ -76,12 +79,14 @@ def test_refcoco_takes_its_split_and_reports_lost_annotations(tmp_path):
     write(tmp_path, instances=dict(images=[dict(id=i, file_name=f"{i}.jpg", width=40, height=30) for i in (1, 2)],
                                    annotations=[dict(id=5, image_id=1, category_id=1, bbox=[2, 3, 10, 8])],
                                    categories=[dict(id=1, name="dog")]))
-    ref = dict(ann_id=5, image_id=1, split="train", sentences=[dict(sent="the dog"), dict(sent="the dog"), dict(raw="Left dog.")])
+    sentences = [dict(sent="the dog"), dict(sent="the dog"), dict(raw="Left dog.")]
+    ref = dict(ann_id=5, image_id=1, split="train", sentences=sentences)
     refs = [ref, ref | dict(ann_id=6), ref | dict(image_id=2, split="val")]
     (tmp_path / "refs.p").write_bytes(pickle.dumps(refs, 2))
     skipped = []
     (record,) = refcoco_records(tmp_path / "refs.p", tmp_path / "instances.json", skipped=skipped)
-    assert [o.name for o in record.expressions] == ["the dog", "left dog"] and record.expressions[0].box == (2, 3, 12, 11)
+    assert [o.name for o in record.expressions] == ["the dog", "left dog"]
+    assert record.expressions[0].box == (2, 3, 12, 11)
     assert len(skipped) == 1 and "ann_id 6" in skipped[0]
 
 
@@ -119,7 +124,8 @@ def test_flickr_golden_agrees_with_mdetrs_file():
 def test_llava_sizes_come_from_the_photograph(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "1.jpg")
     talk = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A dog."}]
-    write(tmp_path, llava=[dict(id="a", image="1.jpg", conversations=talk), dict(id="b", image="2.jpg", conversations=talk),
+    write(tmp_path, llava=[dict(id="a", image="1.jpg", conversations=talk),
+                           dict(id="b", image="2.jpg", conversations=talk),
                            dict(id="c", image="1.jpg", conversations=talk[::-1])])
     skipped = []
     (record,) = llava_records(tmp_path / "llava.json", tmp_path, skipped)
