@@ -38,7 +38,7 @@ def count_record(
             share = (region.x2 - region.x1) * (region.y2 - region.y1) / (record.width * record.height)
             stats[f"side/{min(int(math.sqrt(share) * 20), 19)}"] += 1  # 20 bins of the side of a square of its area
 
-# %% ../nbs/19c_cards.ipynb #b14a5cc8
+# %% ../nbs/19c_cards.ipynb #7beb6c9d
 def _table(counts, prefix, what, most=30):
     "The counts under a prefix, the largest first."
     rows = sorted(((n, k[len(prefix):]) for k, n in counts.items() if k.startswith(prefix)), reverse=True)
@@ -63,14 +63,17 @@ def sample_items(folder, numbers)->list[dict]: # For `plotting.contact_sheet`; r
         if image is None and record.image and Path(record.image).is_file(): image = open_image(record.image)
         if image is None: continue
         d = record.dialogues[n % len(record.dialogues)]  # so that tasks take turns
-        said = {p.index for t in d.turns[1::2] for p in find_placeholders(t.text)}
-        boxes = [("", (r.x1, r.y1, r.x2, r.y2)) for i, r in enumerate(d.regions) if i in said and kind(r) == "box"]
-        order = sorted(range(len(d.regions)), key=lambda i: i in said)  # asked about first: the picture counts these
-        number = lambda m: f"[region{order.index(int(m[1]))}"
-        texts = [re.sub(r"\[region(\d+)", number, " / ".join(t.text for t in d.turns[first:4:2])) for first in (0, 1)]
-        asked = [d.regions[i] for i in order if i not in said]
-        items.append(dict(image=image, question=texts[0], answer=texts[1], boxes=boxes, regions=asked))
+        items.append(dict(image=image, **_shown(d.turns[:4], d.regions)))
     return items
+
+def _shown(turns, regions):
+    "Texts, asked regions and answered boxes of some turns, numbered as the picture counts them: asked ones first."
+    asked, said = ([p.index for t in turns[k::2] for p in find_placeholders(t.text)] for k in (0, 1))
+    order = list(dict.fromkeys([i for i in asked if i not in said] + said + asked))
+    number = lambda m: f"[region{order.index(int(m[1]))}"
+    question, answer = (re.sub(r"\[region(\d+)", number, " / ".join(t.text for t in turns[k::2])) for k in (0, 1))
+    boxes = [("", (r.x1, r.y1, r.x2, r.y2)) for r in (regions[i] for i in dict.fromkeys(said)) if kind(r) == "box"]
+    return dict(question=question, answer=answer, boxes=boxes, regions=[regions[i] for i in order if i not in said])
 
 # %% ../nbs/19c_cards.ipynb #f6aa13f2
 def write_card(
