@@ -137,7 +137,7 @@ def deny(text:str, rng, kind:str)->Dialogue:
     answer = _ask(NO_NUMBER if kind == "quantity" else NO, rng, bare(text), bool(_MANY.match(text)))
     return Dialogue([Turn("user", _ask(ASK_EXISTS, rng, text)), Turn("assistant", answer)], [], f"negative_{kind}")
 
-# %% ../nbs/18_negatives.ipynb #7b348147
+# %% ../nbs/18_negatives.ipynb #12376269
 def name_pair(record:Annotated, counts:CoOccurrence, rng, words:Counter)->list[Dialogue]:
     "A class that is there (its largest box) and one that is not; empty where nothing can be denied."
     present = sorted({o.name for o in record.objects if not o.ignore})
@@ -157,7 +157,8 @@ def text_pair(record:Annotated, rng, words:Counter)->list[Dialogue]:
             kinds = sorted({kind for kind, _ in options})
             kind = kinds[rng.integers(len(kinds))]  # each kind as likely, however many neighbours it has
             some = [new for k, new in options if k == kind]
-            return [affirm(plain(text), box, rng, kind), deny(some[rng.integers(len(some))], rng, kind)]
+            one = lambda text: a(bare(text))  # "is there a red disc?", also where the expression is "the red disc"
+            return [affirm(one(text), box, rng, kind), deny(one(some[rng.integers(len(some))]), rng, kind)]
     return []
 
 # %% ../nbs/18_negatives.ipynb #f699ce54

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POINTING', 'ASK_OBJECT', 'ASK_ATTRIBUTE', 'ASK_RELATION', 'ASK_DESCRIPTION', 'FIND_EXPRESSION', 'FIND_PHRASES',
-           'FIND_ALL', 'CAPTION', 'FIND_RELATED', 'PHRASINGS', 'center_point', 'draw_kind', 'point_at', 'draw_phrasing',
-           'plain', 'sentence', 'a']
+           'FIND_ALL', 'CAPTION', 'FIND_RELATED', 'PHRASINGS', 'center_point', 'draw_kind', 'point_at', 'is_plural',
+           'draw_phrasing', 'plain', 'sentence', 'a']
 
 # %% ../nbs/17_phrasings.ipynb #226904ea
 import re
@@ -86,7 +86,7 @@ ASK_DESCRIPTION = (
     "What does the part {region} of the image show?", "Please describe what is seen at {region}.",
     "Say in short what {region} holds.")
 
-# %% ../nbs/17_phrasings.ipynb #c2163356
+# %% ../nbs/17_phrasings.ipynb #4f5b2990
 FIND_EXPRESSION = (
     "Where is {text}?", "Find {text}.", "Point out {text}.", "Locate {text} in the image.", "Can you show me {text}?",
     "Give the box of {text}.", "I am looking for {text}. Where?", "Mark {text}, please.", "In which place is {text}?",
@@ -104,7 +104,7 @@ FIND_PHRASES = (
 FIND_ALL = (
     "Find every {name}.", "Where do you see {a_name}? Give all of them.", "Box each {name} in the image.",
     "Detect all of class {name}.",
-    "List the places of every {name}.", "Mark each {name} that is visible.", "Show me each {name}, none left out.",
+    "List the places of every {name}.", "Mark each visible {name}.", "Show me each {name}, none left out.",
     "Locate all instances of {name}.", "Give the coordinates of each {name}.", "Search the image for every {name}.",
     "Which areas hold {a_name}? Name all.", "Go through the image and box every {name}.")
 CAPTION = (
@@ -125,10 +125,14 @@ FIND_RELATED = (
     "Tell me what {region} is {predicate} and box it.", "Box the object that {region} is {predicate}.",
     "Where is the thing that {region} is {predicate}?")
 
-# %% ../nbs/17_phrasings.ipynb #56d3afcc
+# %% ../nbs/17_phrasings.ipynb #ebcce727
 PHRASINGS = dict(object=ASK_OBJECT, attribute=ASK_ATTRIBUTE, relation=ASK_RELATION, description=ASK_DESCRIPTION,
                  expression=FIND_EXPRESSION, phrases=FIND_PHRASES, detect=FIND_ALL, caption=CAPTION,
                  related=FIND_RELATED)
+
+def is_plural(name:str)->bool:
+    'Whether a name stands for several: "people", "scissors", not "glass" or "bus".'
+    return name.lower().startswith("people") or name.endswith("s") and not name.endswith(("ss", "us", "is"))
 
 def draw_phrasing(
     task:str, # A key of `PHRASINGS`
@@ -137,10 +141,11 @@ def draw_phrasing(
 )->str:
     "One phrasing of a task, filled in; braces and mentions in the parts stay plain text."
     text = PHRASINGS[task][rng.integers(len(PHRASINGS[task]))]
+    if "{name}" in text and is_plural(str(parts["name"])): text = re.sub(r"\b(every|each)\b", "all", text)
     text = re.sub(r"\{(\w+)\}", lambda m: str(parts[m[1]]), text)
     return text[0].upper() + text[1:]
 
-# %% ../nbs/17_phrasings.ipynb #b316a513
+# %% ../nbs/17_phrasings.ipynb #edde1e4e
 def plain(
     text:str, # Anything that somebody wrote
 )->str:       # One line; square brackets become round ones: they are our mentions and coordinates
@@ -154,6 +159,5 @@ def sentence(text:str)->str:
 
 def a(name:str)->str:
     'With its article; a plural stays as it is: "a dog", "an apple", "two dogs", "people".'
-    counted = re.match(r"(the|a|an|some|two|three|four|five|several|many|people|his|her|their|its)\b", name, re.I)
-    plural = name.endswith("s") and not name.endswith(("ss", "us", "is"))
-    return name if counted or plural else f"{article(name)} {name}"
+    counted = re.match(r"(the|a|an|some|two|three|four|five|several|many|his|her|their|its)\b", name, re.I)
+    return name if counted or is_plural(name) else f"{article(name)} {name}"
