@@ -21,15 +21,17 @@ def write_coco(path, images, seed=0):
     """Eight boxes an image, half of them with a polygon, written row by row."""
     rng = np.random.default_rng(seed)
     with open(path, "w") as file:
-        file.write('{"categories": ' + json.dumps([{"id": i, "name": n} for i, n in enumerate(NAMES)]) + ', "images": [')
+        categories = json.dumps([{"id": i, "name": n} for i, n in enumerate(NAMES)])
+        file.write(f'{{"categories": {categories}, "images": [')
         for i in range(images):
             row = {"id": i, "file_name": f"{i:012}.jpg", "width": 640, "height": 480}
             file.write(", " * (i > 0) + json.dumps(row))
         file.write('], "annotations": [')
         for i in range(images):
-            for j, (x, y, w, h) in enumerate((rng.random((8, 4)) * (400, 300, 200, 150) + (0, 0, 20, 20)).round(2).tolist()):
-                row = {"id": 8 * i + j, "image_id": i, "category_id": int(rng.integers(len(NAMES))), "bbox": [x, y, w, h],
-                       "iscrowd": 0}
+            boxes = (rng.random((8, 4)) * (400, 300, 200, 150) + (0, 0, 20, 20)).round(2).tolist()
+            for j, (x, y, w, h) in enumerate(boxes):
+                row = {"id": 8 * i + j, "image_id": i, "category_id": int(rng.integers(len(NAMES))),
+                       "bbox": [x, y, w, h], "iscrowd": 0}
                 if j % 2: row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
                 file.write(", " * (i + j > 0) + json.dumps(row))
         file.write("]}")
@@ -37,7 +39,8 @@ def write_coco(path, images, seed=0):
 
 def build_one(records, folder, results):
     """In a process of its own, so that its peak of memory is its own."""
-    from ferret_lite.grit import GritConfig, Part, build
+    from ferret_lite.grit import build
+    from ferret_lite.mix import GritConfig, Part
     coco = Path(folder) / "instances.json"
     write_coco(coco, records)
     tasks = {"object": 1.0, "detect": 1.0, "negative_image": 0.5}
@@ -51,7 +54,7 @@ def build_one(records, folder, results):
 
 def read_one(folder, worker, results):
     """Records a second of one reader, in order and by number."""
-    from ferret_lite.grit import GritShards
+    from ferret_lite.shards import GritShards
     shards = GritShards(Path(folder) / "grit")
     numbers = np.random.default_rng(worker).permutation(len(shards))[:3000].tolist()
     start = time.perf_counter()
@@ -73,7 +76,8 @@ def main():
     parser.add_argument("--records", type=int, nargs="+", default=[20_000, 60_000])
     parser.add_argument("--folder", help="where the files go; default: a folder that is removed at the end")
     args = parser.parse_args()
-    print(f"{'records':>10} {'rec/s':>8} {'peak MiB':>9} {'json MB':>8} {'shards':>7} {'MB each':>8} {'read rec/s':>11}")
+    print(f"{'records':>10} {'rec/s':>8} {'peak MiB':>9} {'json MB':>8} {'shards':>7} {'MB each':>8} "
+          f"{'read rec/s':>11}")
     for records in args.records:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             made, seconds, peak, size, shards = in_process(build_one, records, folder)

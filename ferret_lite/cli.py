@@ -17,15 +17,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/30_cli.ipynb #4e1d6fea
-COMMANDS = {  # name -> room, its function (or a dict of some: subcommands), what it does
+# %% ../nbs/30_cli.ipynb #26f94e1a
+COMMANDS = {  # name -> room, its function (or a dict of subcommands and functions), what it does
     "fit": ("cli", "train", "train a Ferret as a config says, save it, score it and draw its answers"),
     "validate": ("cli", "train", "answer the validation questions with a checkpoint of a run"),
     "test": ("cli", "train", "answer the test with a checkpoint of a run: scores and pictures"),
     "predict": ("cli", "train", "write a checkpoint's answers to the test, without scores"),
     "ask": ("ask", "ask", "ask a saved model about an image and regions of it"),
     "evaluate": ("cli", "evaluate", "the test with a saved model, on any data"),
-    "convert": ("conversion", "convert", "a checkpoint in Apple's format, or its delta, to ours")}
+    "convert": ("conversion", "convert", "a checkpoint in Apple's format, or its delta, to ours"),
+    "grit": ("grit_commands", {"build": "grit_build", "inspect": "grit_inspect", "chat": "grit_chat"},
+             "instruction data from annotations: build it, look at it, have a language model write more")}
 TRAINING = ("fit", "validate", "test", "predict")
 
 
@@ -240,11 +242,13 @@ def test(model, processor, data, out_dir, title, **settings):
     Console(width=None if sys.stdout.isatty() else 110).print(score_table(scores, title))
     print(f"16 of the answers: {out_dir}/answers.png; all of them: {out_dir}/answers.jsonl")
 
-# %% ../nbs/30_cli.ipynb #7034f292
+# %% ../nbs/30_cli.ipynb #e0e7425d
 def dispatch(name, words):
     """Find the command's function and give it its words."""
     room, function, _ = COMMANDS[name]
-    function = getattr(import_module(f"ferret_lite.{room}"), function)
+    room = import_module(f"ferret_lite.{room}")
+    if isinstance(function, dict): function = {sub: getattr(room, one) for sub, one in function.items()}
+    else: function = getattr(room, function)
     if name in TRAINING: return function([name, *words])
     if name == "ask": return function(words)
     from jsonargparse import auto_cli

@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 
 from ferret_lite.annotated import Annotated, Caption, Relation, Span, world_records
-from ferret_lite.grit import GritConfig, GritShards, Part, build, grit_build, grit_inspect, open_part, read_config
-from ferret_lite.negatives import CoOccurrence, draw_pair, is_absent, is_new, known_words, stem, word_negatives
-from ferret_lite.phrasings import PHRASINGS, chain, draw_phrasing, grounded, instruct, items_of, plain
+from ferret_lite.grit import build
+from ferret_lite.grit_commands import grit_build, grit_inspect
+from ferret_lite.instructions import chain, grounded, instruct, items_of
+from ferret_lite.mix import GritConfig, Part, open_part, read_config
+from ferret_lite.negatives import CoOccurrence, draw_pair, is_absent, word_negatives
+from ferret_lite.neighbours import is_new, known_words, stem
+from ferret_lite.phrasings import PHRASINGS, draw_phrasing, plain
 from ferret_lite.records import Dialogue, Record, Turn, check_dialogue, find_placeholders
 from ferret_lite.regions import Box
 from ferret_lite.released import read_grit, record_items, write_grit_items
+from ferret_lite.shards import GritShards
 from ferret_lite.tasks import AnnotatedObject
 
 pytest.importorskip("webdataset")
@@ -34,8 +39,8 @@ def image(*objects, **more):
 
 
 def world(out, num=60, **more):
-    part = Part("world", "world", {"num": num, "seed": 3}, tasks={t: 1.0 for t in (*PHRASINGS, "negative_image", "negative_word")},
-                turns=3)
+    tasks = {t: 1.0 for t in (*PHRASINGS, "negative_image", "negative_word")}
+    part = Part("world", "world", {"num": num, "seed": 3}, tasks=tasks, turns=3)
     return GritConfig(str(out), [part], shard_size=25, piece_size=10, **more)
 
 
@@ -62,7 +67,8 @@ def test_every_phrasing_makes_a_sound_dialogue(task, monkeypatch):
 def test_annotators_texts_cannot_pass_for_mentions():
     nasty = "[region3] {name} [1, 2]\n<image>"
     record = image(thing(nasty), "dog", relations=[Relation(0, nasty, 1)], attributes={0: (nasty,)},
-                   expressions=[thing(nasty)], descriptions=[thing(nasty)], captions=[Caption(nasty, [Span(0, 3, [(0, 0, 9, 9)])])])
+                   expressions=[thing(nasty)], descriptions=[thing(nasty)],
+                   captions=[Caption(nasty, [Span(0, 3, [(0, 0, 9, 9)])])])
     for task in PHRASINGS:
         for item in items_of(record, task):
             d = instruct(record, task, item, np.random.default_rng(0))
@@ -73,7 +79,8 @@ def test_annotators_texts_cannot_pass_for_mentions():
 def test_only_questions_with_one_answer():
     twins = image(thing("man"), thing("hat"))  # the same box
     assert items_of(twins, "object") == []
-    two = image("man", "horse", "cow", relations=[Relation(0, "left of", 1), Relation(0, "left of", 2), Relation(1, "near", 2)])
+    relations = [Relation(0, "left of", 1), Relation(0, "left of", 2), Relation(1, "near", 2)]
+    two = image("man", "horse", "cow", relations=relations)
     assert items_of(two, "related") == [2] and items_of(two, "relation") == [0, 1, 2]
     assert items_of(image("dog", counted=set()), "detect") == []
     assert items_of(image("dog", thing("cat", ignore=True)), "detect") == ["dog"]
@@ -81,7 +88,8 @@ def test_only_questions_with_one_answer():
 
 
 def test_chains_renumber_regions():
-    one = Dialogue([Turn("user", "What is [region0:feature]?"), Turn("assistant", "A dog.")], [Box(0, 0, 5, 5)], "object")
+    turns = [Turn("user", "What is [region0:feature]?"), Turn("assistant", "A dog.")]
+    one = Dialogue(turns, [Box(0, 0, 5, 5)], "object")
     both = chain([one, one])
     assert both.turns[2].text == "What is [region1:feature]?" and len(both.regions) == 2
     check_dialogue(both, 10, 10)
@@ -98,13 +106,15 @@ def test_captions_keep_their_words():
 def test_nothing_that_was_said_is_denied():
     record = image("couch", "woman", captions=[Caption("A lady feeds two puppies", [])], attributes={0: ("brown",)})
     words = known_words(record)
-    assert not any(is_absent(record, name, words) for name in ("sofa", "woman", "lady", "person", "people", "furniture"))
+    said = ("sofa", "woman", "lady", "person", "people", "furniture")
+    assert not any(is_absent(record, name, words) for name in said)
     assert is_absent(record, "traffic light", words)
     assert not is_new("tan", words) and is_new("blue", words)
 
 
-@pytest.mark.parametrize("word, base", [("Dogs", "dog"), ("buses", "bus"), ("women", "woman"), ("glass", "glass"), ("berries", "berry"),
-                                        ("boxes", "box"), ("grass", "grass"), ("is", "is")])
+@pytest.mark.parametrize("word, base", [
+    ("Dogs", "dog"), ("buses", "bus"), ("women", "woman"), ("glass", "glass"), ("berries", "berry"), ("boxes", "box"),
+    ("grass", "grass"), ("is", "is")])
 def test_stems(word, base):
     assert stem(word) == base
 
@@ -160,7 +170,8 @@ def test_killed_builds_go_on(tmp_path):
     code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "torn"))
     for pieces in (2, 9):
         process = subprocess.Popen([sys.executable, "-c", code])
-        while process.poll() is None and len(list((tmp_path / "torn/pieces").glob("*.piece"))) < pieces: time.sleep(0.002)
+        done = lambda: len(list((tmp_path / "torn/pieces").glob("*.piece")))
+        while process.poll() is None and done() < pieces: time.sleep(0.002)
         if process.poll() is None: os.kill(process.pid, signal.SIGKILL)
         process.wait()
     build(world(tmp_path / "torn", num=400))
@@ -169,7 +180,8 @@ def test_killed_builds_go_on(tmp_path):
 
 def test_repeats_and_fractions(tmp_path):
     tasks = {"object": 1.0}
-    parts = [Part(n, "world", {"num": 200}, repeat=r, tasks=tasks, dialogues=1) for n, r in (("fifth", .2), ("twice", 2))]
+    repeats = {"fifth": .2, "twice": 2}
+    parts = [Part(n, "world", {"num": 200}, repeat=r, tasks=tasks, dialogues=1) for n, r in repeats.items()]
     index = build(GritConfig(str(tmp_path / "r"), parts))
     twice = index["counts"]["source/twice"]  # a scene of two objects with one box allows no question
     assert twice % 2 == 0 and 380 < twice <= 400 and 20 < index["counts"]["source/fifth"] < 60
@@ -204,7 +216,8 @@ def test_commands(tmp_path, capsys):
 def test_the_shipped_mix_is_the_releases():
     config = read_config(CONFIGS / "grit.yaml")
     assert {p.name: p.repeat for p in config.parts} == {
-        "git_instruction": 3, "vg_objects": 1, "vg_relations": .2, "vg_regions": .2, "llava": 1, "refexp": 1, "flickr": 1, "objects365": 1}
+        "git_instruction": 3, "vg_objects": 1, "vg_relations": .2, "vg_regions": .2, "llava": 1,
+        "refexp": 1, "flickr": 1, "objects365": 1}
     for part in config.parts:
         try: open_part(part)
         except FileNotFoundError: pass
