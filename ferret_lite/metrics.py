@@ -8,12 +8,11 @@ __all__ = ['WORDS', 'COLUMNS', 'Score', 'ratio', 'check_lengths', 'wilson', 'boo
            'existence_score', 'match_pairs', 'description_score', 'over_seeds', 'score_row', 'score_table',
            'score_markdown']
 
-# %% ../nbs/23_metrics.ipynb #ecc7862d
+# %% ../nbs/23_metrics.ipynb #a3b74a39
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import sqrt
 
 import numpy as np
 
@@ -42,12 +41,12 @@ def check_lengths(**lists):
     lengths = {name: len(x) for name, x in lists.items()}
     if len(set(lengths.values())) > 1: raise ValueError(f"give one entry per question in every list, got {lengths}")
 
-# %% ../nbs/23_metrics.ipynb #cc15a4b7
+# %% ../nbs/23_metrics.ipynb #18ca96ac
 def wilson(hits:int, n:int)->tuple:
     """Wilson's 95% interval (low, high) of a proportion; it stays inside [0, 1] and is not empty at 0 or 100%."""
     if n == 0: return 0.0, 1.0
     p, z = hits / n, 1.96
-    middle, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
@@ -152,7 +151,7 @@ def pope_rule(text:str)->bool:
     """POPE's released rule: "No", "no" or "not" as a word of the first sentence means no, all else yes."""
     return not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" "))
 
-# %% ../nbs/23_metrics.ipynb #0894ef7f
+# %% ../nbs/23_metrics.ipynb #343c050c
 def existence_score(
     answers,                  # Answers to "Is there a blue ring?"
     truth,                    # List of bool
@@ -163,7 +162,9 @@ def existence_score(
     check_lengths(answers=answers, truth=truth)
     said, truth = [rule(a) for a in answers], np.asarray(truth, bool)
     yes, n, share = np.array([s is True for s in said], bool), len(truth), ratio(truth.sum(), len(truth))
-    def f1(i): return ratio(2 * (yes & truth)[i].sum(), yes[i].sum() + truth[i].sum())
+    def f1(i):
+        precision, recall = (ratio((yes & truth)[i].sum(), some[i].sum()) for some in (yes, truth))
+        return ratio(2 * precision * recall, precision + recall)  # as the release rounds it
     scores = {"accuracy": proportion([s == t for s, t in zip(said, truth)], 0.5, max(share, 1 - share)),
               "precision": proportion(truth[yes], share, share),
               "recall": proportion(yes[truth], 0.5, 1.0),
@@ -171,7 +172,7 @@ def existence_score(
               "yes ratio": proportion(yes, 0.5, 1.0)}
     return {f"{name}/{key}": score for key, score in scores.items()}
 
-# %% ../nbs/23_metrics.ipynb #41219fdd
+# %% ../nbs/23_metrics.ipynb #e01b06d8
 def match_pairs(
     allowed, # `(m, n)` bool: prediction i may be paired with truth j
 )->list:     # (i, j) pairs, as many as possible, each row and column used once
@@ -183,8 +184,7 @@ def match_pairs(
             if j in tried: continue
             tried.add(j)
             if j not in owner or place(owner[j], tried):
-                owner[j] = i
-                return True
+                owner[j] = i; return True
         return False
     for i in range(len(fits)): place(i, set())
     return sorted((i, j) for j, i in owner.items())
@@ -211,7 +211,7 @@ def description_score(
             f"{name}/recall": Score(ratio(hit, true), true, interval=wilson(hit, true)),
             f"{name}/F1": Score(f1(slice(None)), len(truth), interval=bootstrap(f1, len(truth)))}
 
-# %% ../nbs/23_metrics.ipynb #6f0c13cd
+# %% ../nbs/23_metrics.ipynb #88fc854f
 def over_seeds(
     runs, # List of dicts name -> `Score`, one per training seed
 )->dict:  # name -> `Score`: the mean, with the standard deviation as `spread`
@@ -246,5 +246,5 @@ def score_table(scores:dict, title:str|None=None):
 
 def score_markdown(scores:dict)->str:
     """The same table as markdown, for a report or a model card."""
-    rows = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *(score_row(k, s) for k, s in scores.items())]
+    rows = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *map(score_row, scores, scores.values())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
