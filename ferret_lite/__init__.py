@@ -52,7 +52,10 @@ _ROOMS = {  # module -> the names that `ferret_lite` hands on, in reading order
     "evaluate": "",
     "optim": "Muon",
     "training": "FerretModule",
+    "bench": "",
+    "world_bench": "",
     "ask": "",
+    "evaluate_cli": "",
     "cli": "",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
