@@ -166,7 +166,7 @@ def ask_flickr(annotations, images)->list:
         asked.append((make_question(f"flickr/{key}", "flickr", Path(images)/file, row_size(row), text, caption), line))
     return asked
 
-# %% ../nbs/24b_questions.ipynb #7bbe9a51
+# %% ../nbs/24b_questions.ipynb #cee0617b
 def lvis_region(row, kind):
     """The region that a row of LVIS' question file means: its point, its box or its free-form mask (stored x first)."""
     if kind == "point": return Point(*row.numbers("sample_point", 2))
@@ -206,7 +206,7 @@ def ask_images(task, rows, key, images, text)->list:
     asked = []
     for row in rows:
         name, file = row.get(key, kind=(int, str)), row.get("file_name")
-        question = make_question(f"{task}/{name}", task, Path(images)/file, row_size(row), text, "")
+        question = make_question(f"{task}/{name}", task, Path(images)/file, row_size(row), text, "see the annotations")
         asked.append((question, {"image_id": name, "file_name": file}))
     return asked
 
