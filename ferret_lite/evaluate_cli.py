@@ -99,7 +99,7 @@ def report_command(folder, loaded, out, data, format, splits, num, seed, part, f
     print_scores(scores, title)
     print(f"the page: {out}/report.md; all answers: {out}/answers.jsonl")
 
-# %% ../nbs/28a_evaluate_cli.ipynb #89a3969a
+# %% ../nbs/28a_evaluate_cli.ipynb #cd3c146b
 TASKS = Literal["report", "rec", "flickr", "lvis", "pope", "caption", "detect", "bench"]
 
 
@@ -109,7 +109,7 @@ def evaluate_command(
     dialect: Literal["ferret", "shikra", "kosmos2", "qwen"] = "ferret", rule: Literal["released", "floor"] = "released",
     entities: str | None = None, words: bool = True, model: str | None = None, data: str | None = None,
     images: str | None = None, out: str | None = None, region: Literal["point", "box", "free_form"] = "box",
-    question: str = DESCRIBE, judge: ChatSettings | None = None, num: int | None = None, seed: int = 0,
+    question: str = DESCRIBE, judge: ChatSettings | None = None, num_questions: int = 0, seed: int = 0,
     part: Literal["train", "val", "test"] = "test", format: Literal["scenes", "world", "voc", "coco"] = "scenes",
     splits: tuple[str, str, str] = ("train", "val", "test"), batch_size: int = 100, max_new_tokens: int = 128,
 ):
@@ -132,7 +132,7 @@ def evaluate_command(
         region: lvis: how the model is shown the object.
         question: caption, detect: what the model is asked.
         judge: bench with --data: the endpoint of the judge.
-        num: questions of each set, at most; default: 1000, of bench 40.
+        num_questions: of each set, at most; 0: 1000, of bench 40.
         seed: of the questions of report and bench.
         part: report: which split is asked about.
         format: report, bench: the small embedded world or the full one; report: files of which kind.
@@ -141,23 +141,21 @@ def evaluate_command(
         max_new_tokens: tokens of the longest answer.
     """
     check_words(task, annotations, predictions, data, out, format)
+    scoring = {"dialect": dialect, "rule": rule, "entities": entities, "words": words}
     if predictions and task != "bench":
-        return score_and_print(task, annotations, predictions, protocol, json, dialect=dialect, rule=rule,
-                               entities=entities, words=words)
+        return score_and_print(task, annotations, predictions, protocol, json, **scoring)
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": sys.stderr.isatty()}
     folder, loaded = (None, None) if predictions else open_model(model)
-    json, data = json or (out and f"{out}/scores.json"), data or annotations
+    json, data, num = json or (out and f"{out}/scores.json"), data or annotations, num_questions
     with processes() as (rank, _):
+        first = rank == 0
         if task == "report":
-            return report_command(folder, loaded, out, data, format, splits, num or 1000, seed, part, rank == 0,
-                                  **settings)
+            return report_command(folder, loaded, out, data, format, splits, num or 1000, seed, part, first, **settings)
         if task == "bench":
             return bench_command(loaded, data, images, predictions, out, json, judge, protocol, format, num or 40, seed,
-                                 rank == 0, **settings)
+                                 first, **settings)
         predictions = answer_benchmark(task, data, images, loaded, out, region, question, **settings)
-        if rank == 0: score_and_print(task, annotations or data, predictions, protocol, json, dialect=dialect,
-                                      rule=rule,
-                                      entities=entities, words=words)
+        if first: score_and_print(task, annotations or data, predictions, protocol, json, **scoring)
 
 # %% ../nbs/28a_evaluate_cli.ipynb #b0f27402
 def check_words(task, annotations, predictions, data, out, format):

@@ -76,7 +76,7 @@ def bench_questions(
             if dialogue: questions.append(Question(f"bench/{category}/{example.id}", dialogue.task, example, dialogue))
     return sets
 
-# %% ../nbs/27a_world_bench.ipynb #711049c7
+# %% ../nbs/27a_world_bench.ipynb #d726007f
 def word_share(answer:str, name:str)->float:
     """Right words, out of the longer of answer and name: "A red ring." for "red disc" is 0.5."""
     said, true = plain(answer).split(), plain(name).split()
@@ -92,7 +92,7 @@ def rule_verdict(question, text)->float:
         return (word_share(name, true) + (first_word(rest) == first_word(true_rest))) / 2
     if task == "describe": return judge(question, text)["F1"]
     verdict = judge_world(task, text, truth, said_boxes(question, text), true_boxes(question))
-    return float(verdict.get("F1", verdict["right"]))
+    return float(np.mean([verdict["right"], verdict.get("F1", verdict["right"])]))  # lists: also in part
 
 
 def true_answer(question)->str:
