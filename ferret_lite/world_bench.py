@@ -6,25 +6,24 @@
 __all__ = ['FIRST', 'WORLD_CLASSES', 'KINDS', 'DRAW', 'bench_scene', 'draw_small', 'draw_full', 'bench_questions', 'word_share',
            'rule_verdict', 'true_answer', 'blind_verdicts', 'world_bench', 'bench_table']
 
-# %% ../nbs/27a_world_bench.ipynb #3d7b4762
+# %% ../nbs/27a_world_bench.ipynb #a9e99544
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from .answering import answer_questions, said_boxes
+from .answering import answer_questions
 from .coords import quantize
 from .data import Question, SceneExamples
 from .grounding import format_coords
 from .metrics import average, first_word, plain
-from .questions import judge, true_boxes
+from .questions import judge
 from .records import PLACEHOLDER
 from .regions import region_coords
 from .relations import Facts, from_world
 from .sources import Annotated
 from .tasks import askable, describe, draw_question, join_dialogues, refer
 from .world import make_world
-from .world_scores import judge_world
 from .world_tasks import ask_world
 
 # %% ../nbs/27a_world_bench.ipynb #91031351
@@ -76,7 +75,7 @@ def bench_questions(
             if dialogue: questions.append(Question(f"bench/{category}/{example.id}", dialogue.task, example, dialogue))
     return sets
 
-# %% ../nbs/27a_world_bench.ipynb #d726007f
+# %% ../nbs/27a_world_bench.ipynb #35156d23
 def word_share(answer:str, name:str)->float:
     """Right words, out of the longer of answer and name: "A red ring." for "red disc" is 0.5."""
     said, true = plain(answer).split(), plain(name).split()
@@ -90,9 +89,8 @@ def rule_verdict(question, text)->float:
     if task == "compound":  # "A red disc. No, there is no blue ring."
         (name, _, rest), (true, _, true_rest) = text.partition("."), truth.partition(".")
         return (word_share(name, true) + (first_word(rest) == first_word(true_rest))) / 2
-    if task == "describe": return judge(question, text)["F1"]
-    verdict = judge_world(task, text, truth, said_boxes(question, text), true_boxes(question))
-    return float(np.mean([verdict["right"], verdict.get("F1", verdict["right"])]))  # lists: also in part
+    verdict = judge(question, text)
+    return float(np.mean([v for k, v in verdict.items() if k != "iou"]))  # lists, descriptions: also in part
 
 
 def true_answer(question)->str:
