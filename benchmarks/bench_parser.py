@@ -6,6 +6,8 @@
 - prose: words without a box. hostile: brackets, digits, commas and words at random.
 - one-liner: one regular expression, "words, then four numbers". On answers it is fine; on prose it is quadratic, so it
   gets only small texts, and its time for the full size is continued from the last doubling.
+- dialects: the notations of other models, a box every 60 characters or so, and pieces of each notation at random, at
+  a tenth of the size.
 A doubling should take twice as long: the column "x" is the ratio to the line before. One process, one core, processor
 time. Python's garbage collector is off while the clock runs, as in `timeit`: it walks over all objects made so far,
 again and again, which adds a share that grows with the number of phrases kept; one line says what it costs at the full
@@ -15,7 +17,8 @@ import gc, os, platform, random, re, sys, time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import ferret_lite
-from ferret_lite.grounding import parse_answer
+from ferret_lite.dialects import DIALECTS
+from ferret_lite.grounding import format_phrase, parse_answer
 
 ONE_LINER = re.compile(r"([\w ]+)\s*\[(\d+), *(\d+), *(\d+), *(\d+)\]")
 
@@ -42,6 +45,21 @@ def texts(size, rng=random.Random(0)):
     return {"answers": repeat_to(answer, size),
             "prose": repeat_to(lambda: rng.choice(words) + " ", size),
             "hostile": repeat_to(lambda: rng.choice(noise), size)}
+
+
+HOSTILE = {"ferret": ["[", "]", ", ", "1", "[1, 2,", "a "], "shikra": ["[", "]", ";", ".5", "[0.1,", "a "],
+           "kosmos2": ["<phrase>", "</phrase>", "<object>", "</object>", "<patch_index_0044>", "a "],
+           "qwen": ["{", "}", '"', "\\", '"bbox_2d": [', "1, 2", "]", '"label": "', "a "]}
+
+
+def dialect_texts(name, size, rng=random.Random(0)):
+    "What a model of this family writes; noise of its notation."
+    def box():
+        x, y = (sorted(rng.sample(range(32 if name == "kosmos2" else 1000), 2)) for _ in "xy")
+        values = (x[0], y[0], x[1], y[1])
+        return tuple(v / 1000 for v in values) if name == "shikra" else values
+    def answer(): return format_phrase("a " + rng.choice(["dog", "red car", "man in a hat"]), [box()], name) + " and "
+    return repeat_to(answer, size), repeat_to(lambda: rng.choice(HOSTILE[name]), size)
 
 
 def seconds(function, text, repeats=3, collector=False):
@@ -81,6 +99,10 @@ def main(megabytes=10.0):
     boxes = sum(len(p.boxes) for p in parse_answer(drawn["answers"]))
     print(f"{boxes} boxes in the answers: {boxes / ours['answers']:.0f} boxes per second\n")
     rival = table("one-liner, answers", one_liner, drawn["answers"], sizes[-1:])
+    for name in DIALECTS:
+        answers, noise = dialect_texts(name, full // 10)
+        for kind, text in (("answers", answers), ("hostile", noise)):
+            table(f"{name}, {kind}", lambda text: parse_answer(text, name), text, [full // 40, full // 20, full // 10])
     small = [5_000, 10_000, 20_000]
     slow = table("one-liner, prose", one_liner, drawn["prose"], small) * (full / small[-1]) ** 2
     print(f"\none-liner / ours: answers {rival / ours['answers']:.2f}; prose {slow / ours['prose']:.2g} "

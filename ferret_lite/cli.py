@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'TRAINING', 'QUIET', 'TRAINER', 'usage', 'one_line', 'make_loggers', 'short_metric', 'make_bar',
            'find_config', 'add_options', 'find_checkpoint', 'read_checkpoint', 'fit', 'load_last', 'validate',
-           'test_checkpoint', 'predict', 'train', 'evaluate', 'test', 'dispatch', 'run', 'main']
+           'test_checkpoint', 'predict', 'train', 'test', 'dispatch', 'run', 'main']
 
-# %% ../nbs/30_cli.ipynb #9af8ed50
+# %% ../nbs/30_cli.ipynb #bab7c009
 import argparse
 import os
 import sys
@@ -15,16 +15,15 @@ import warnings
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
-# %% ../nbs/30_cli.ipynb #26f94e1a
+# %% ../nbs/30_cli.ipynb #ea424f6c
 COMMANDS = {  # name -> room, its function (or a dict of subcommands and functions), what it does
     "fit": ("cli", "train", "train a Ferret as a config says, save it, score it and draw its answers"),
     "validate": ("cli", "train", "answer the validation questions with a checkpoint of a run"),
     "test": ("cli", "train", "answer the test with a checkpoint of a run: scores and pictures"),
     "predict": ("cli", "train", "write a checkpoint's answers to the test, without scores"),
     "ask": ("ask", "ask", "ask a saved model about an image and regions of it"),
-    "evaluate": ("cli", "evaluate", "the test with a saved model, on any data"),
+    "evaluate": ("evaluate_cli", "evaluate_command", "score files of answers, or ask a saved model and score it"),
     "convert": ("conversion", "convert", "a checkpoint in Apple's format, or its delta, to ours"),
     "grit": ("grit_commands", {"build": "grit_build", "inspect": "grit_inspect", "chat": "grit_chat"},
              "instruction data from annotations: build it, look at it, have a language model write more")}
@@ -208,31 +207,7 @@ def train(argv):
     FerretCLI(FerretModule, FerretDataModule, args=argv, seed_everything_default=0, trainer_defaults=TRAINER,
               save_config_kwargs={"overwrite": True}, parser_kwargs=parsers)
 
-# %% ../nbs/30_cli.ipynb #1ac9a135
-def evaluate(*, out: str, model: str | None = None, num: int = 1000, seed: int = 0,
-             part: Literal["train", "val", "test"] = "test", format: Literal["scenes", "voc", "coco"] = "scenes",
-             root: str | None = None, splits: tuple[str, str, str] = ("train", "val", "test")):
-    """The test with a saved model, on any data.
-
-    Args:
-        out: folder for the scores, the answers and a picture of some.
-        model: a folder that training saved; default: the newest runs/*/model.
-        num: questions of each set, at most.
-        seed: of the questions.
-        part: which split is asked about.
-        format: the embedded world, or files of which kind.
-        root: the folder of the files.
-        splits: names of the splits for training, validation and test.
-    """
-    from ferret_lite.ask import newest_model
-    from ferret_lite.data import FerretDataModule
-    from ferret_lite.model import load_model
-    folder = model or newest_model()
-    loaded = load_model(folder)
-    data = FerretDataModule([], format=format, root=root, splits=list(splits))
-    test(*loaded, data, out, f"{folder}, {part} split", num=num, seed=seed, part=part)
-
-
+# %% ../nbs/30_cli.ipynb #f9650e0e
 def test(model, processor, data, out_dir, title, **settings):
     """Score, print the table, say where the pictures lie."""
     from rich.console import Console

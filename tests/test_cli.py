@@ -107,9 +107,9 @@ def test_help_lists_all_commands_without_loading_torch():
     (["ask"], "the following arguments are required: image, question"),
     (["ask", "a.png", "What?", "--circle", "1,2"], "unrecognized arguments: --circle"),
     (["fit", "--config", TINY, "--model.colour", "red"], "colour"),
-    (["evaluate"], "the following arguments are required: out (see ferret-lite evaluate --help)"),
-    (["evaluate", "--out", "scores", "--num", "many"], "num"),
-    (["evaluate", "--out", "scores", "--circle", "1,2"], "unrecognized arguments: --circle 1,2"),
+    (["evaluate"], "the following arguments are required: task (see ferret-lite evaluate --help)"),
+    (["evaluate", "report", "--out", "scores", "--num_questions", "many"], "num_questions"),
+    (["evaluate", "report", "--out", "scores", "--circle", "1,2"], "unrecognized arguments: --circle 1,2"),
 ])
 def test_typing_errors_are_one_line(words, part, error):
     assert part in error(*words, code=2)
@@ -209,7 +209,8 @@ def test_config_saved_with_a_run_repeats_it(trained, tmp_path):
 
 def test_evaluate_scores_a_saved_model(trained, tmp_path):
     folder, *_ = trained
-    ferret("evaluate", "--model", folder / "model", "--out", tmp_path, "--num", "2")
+    ferret("evaluate", "report", "--model", folder / "model", "--out", tmp_path, "--num_questions", "2")
+    assert "Ferret-Bench" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((folder / "scores.json").read_text())
 
 
