@@ -76,11 +76,11 @@ def add_rows(
     for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         layer.weight[old:] = layer.weight[:old].mean(0)
 
-# %% ../nbs/12a_build.ipynb #ed95b2ba
+# %% ../nbs/12a_build.ipynb #2a1ef04c
 def pretrained_processor(
     vision,             # a folder, or a name on the Hub: the encoder's
     text,               # the same of the language model: its tokenizer
-    template="vicuna",  # words around the turns, see `FerretProcessor`
+    template=None,      # words around the turns, see `find_template`; None: the tokenizer's chat template, or "vicuna"
     image_size=None,    # side of the model's square image, pixels; None: the encoder's own
     num_points=512,     # of a region
     point_radius=None,  # of a point's circle, pixels of the model's image; None: 5 of 336
@@ -92,6 +92,7 @@ def pretrained_processor(
     except Exception as e:
         raise ValueError(f"no processor in {vision} and {text}: preprocessor_config.json is needed of the encoder, a "
                          f"tokenizer of the language model ({one_line(e)})") from e
+    template = template or ("chat" if tokenizer.chat_template else "vicuna")
     return FerretProcessor(image_processor, tokenizer, template, size, (size // config.patch_size) ** 2, num_points,
                            5 * size / 336 if point_radius is None else point_radius)
 
@@ -113,7 +114,7 @@ def join_parts(
     for part in (model.mm_projector, model.region_sampler): part.to_empty(device="cpu").apply(model._init_weights)
     return model
 
-# %% ../nbs/12a_build.ipynb #6e341778
+# %% ../nbs/12a_build.ipynb #90dd1710
 def split_fields(part, fields):
     """The name of a pretrained part, or None, and the fields of one with random weights."""
     fields = dict(fields or {})
@@ -130,7 +131,8 @@ def build_model(
 ):                   # a `FerretForConditionalGeneration`
     """Make a model that fits a processor."""
     tokenizer, parts = processor.tokenizer, {}
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=processor.end_token_id,
+               pad_token_id=tokenizer.pad_token_id)
     vision_name, vision = split_fields("vision", vision)
     text_name, text = split_fields("text", text)
     if text_name:

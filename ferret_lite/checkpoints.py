@@ -43,13 +43,14 @@ class SavedInPart(L.LightningModule):
         own = {f"model.{name}": p.data for name, p in self.model.named_parameters() if name in self.found}
         return super().load_state_dict({**own, **state_dict}, *args, **kwargs)
 
-# %% ../nbs/25d_checkpoints.ipynb #9b24407e
+# %% ../nbs/25d_checkpoints.ipynb #e6073ae9
 class SpreadOut(SavedInPart):
     """What several devices ask for: norms over all of them, and a whole model at the end."""
     @property
     def strict_loading(self):
         """FSDP loads past our `load_state_dict`: to it, what a checkpoint leaves out is missing."""
-        return not (self.found and hasattr(self.trainer.strategy.model, "clip_grad_norm_"))
+        run = self._trainer  # None outside of a run
+        return not (run and self.found and hasattr(run.strategy.model, "clip_grad_norm_"))
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         """FSDP spreads each gradient over the devices and must take the norm itself."""

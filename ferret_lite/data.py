@@ -46,7 +46,7 @@ def check_source(format, root, splits, augment, processor):
         raise ValueError("format 'records' needs a tokenizer: name a trained Ferret, or pretrained parts, in "
                          "data.processor")
 
-# %% ../nbs/22_data.ipynb #40d1fd0a
+# %% ../nbs/22_data.ipynb #6f0f82bf
 class FerretDataModule(L.LightningDataModule):
     """Batches for training, held-out questions for validation and test.
 
@@ -99,15 +99,16 @@ class FerretDataModule(L.LightningDataModule):
         check_source(format, root, splits, augment, processor)
         self.stages, self.format, self.root, self.splits, self.num_scenes = stages, format, root, splits, num_scenes
         self.max_length, self.augment, self.val_questions, self.seed = max_length, augment, val_questions, seed
-        self.num_workers, self.pack, self.image_size = num_workers, pack, image_size
+        self.num_workers, self.pack = num_workers, pack
         usual, tasks = (WORLD_MIX, WORLD_TASKS) if format == "world" else (MIX, TASKS)
         self.mix = check_shares(mix or usual, ["refer", *tasks], "mix")
         self.forms = check_shares(forms or FORMS, FORMS, "forms")
+        if isinstance(processor, dict): self.processor = pretrained_processor(**processor)
+        else: self.processor = FerretProcessor.from_pretrained(processor) if processor else None
+        self.image_size = self.processor.image_size if processor else image_size
         self.train_examples = self.examples("train")
         self.words = list(dict.fromkeys(word for name in self.names() for word in name.split()))
-        if isinstance(processor, dict): self.processor = pretrained_processor(**processor)
-        elif processor: self.processor = FerretProcessor.from_pretrained(processor)
-        else:
+        if not processor:
             texts = world_texts() if format == "world" else dataset_texts(self.names())
             self.processor = tiny_processor(list(texts), image_size, (image_size // patch_size) ** 2, num_points,
                                             point_radius)

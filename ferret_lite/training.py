@@ -40,7 +40,7 @@ def learning_rate(
     cosine = 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
     return peak * (stage.final_lr + (1 - stage.final_lr) * cosine)
 
-# %% ../nbs/26_training.ipynb #261f5648
+# %% ../nbs/26_training.ipynb #e3ef4414
 def compile_blocks(
     model, # a `FerretForConditionalGeneration`
 ):         # True where it compiled
@@ -49,7 +49,9 @@ def compile_blocks(
     except Exception as error:  # no C compiler, no headers, an unwritable cache: whatever it is, eager blocks will do
         warnings.warn(f"blocks are not compiled, training takes about 1.4 times as long: {type(error).__name__}")
         return False
-    for block in [*model.vision_tower.layers, *model.language_model.base_model.layers]: block.compile(dynamic=False)
+    names = {*model.vision_tower._no_split_modules, *model.language_model._no_split_modules}  # transformers' word
+    for block in model.modules():
+        if type(block).__name__ in names: block.compile(dynamic=False)
     return True
 
 # %% ../nbs/26_training.ipynb #520d6ebe
@@ -67,10 +69,11 @@ def parameter_groups(
     return [{"params": params, "vision": vision, "weight_decay": weight_decay if decays else 0.0, "muon": moves}
             for (vision, decays, moves), params in groups.items()]
 
-# %% ../nbs/26_training.ipynb #7f81f3fe
+# %% ../nbs/26_training.ipynb #fcf31d18
 def check_stages(
     stages, # list of `Stage`
     model,  # its parts are what a stage can freeze
+    dense,  # is there a dense head?
 ):
     """Raise `ValueError` for a stage that cannot be run."""
     if not stages: raise ValueError("no stage to train: give at least one, such as {loss: answers, steps: 1000}")
@@ -78,12 +81,13 @@ def check_stages(
     for i, stage in enumerate(stages):
         if stage.loss not in ("dense", "answers"):
             raise ValueError(f"stages[{i}].loss is {stage.loss!r}: use 'dense' or 'answers'")
+        if stage.loss == "dense" and not dense: raise ValueError(f"stages[{i}] is dense: give a dense_weight above 0")
         for part in stage.frozen:
             if not any(name.startswith(part) for name in names):
                 raise ValueError(f"stages[{i}].frozen names {part!r}, but the model has only "
                                  f"{', '.join(name for name, _ in model.named_children())}")
 
-# %% ../nbs/26_training.ipynb #83e0e01a
+# %% ../nbs/26_training.ipynb #5b2a1f57
 class FerretModule(SpreadOut):
     """Train a Ferret in stages.
 
@@ -130,7 +134,7 @@ class FerretModule(SpreadOut):
         self.save_hyperparameters(ignore=["processor", "stages"])
         self.processor, self.stages = processor, stages
         self.model = self.make_model(init_from, projector)
-        check_stages(stages, self.model)
+        check_stages(stages, self.model, dense_weight)
         if lora: add_lora(self.model.language_model, lora)
         self.fixed = {name for name, p in self.model.named_parameters() if not p.requires_grad}
         pretrained = [] if init_from else [part for part in PARTS if "pretrained" in (self.hparams[part] or {})]
@@ -156,7 +160,7 @@ class FerretModule(SpreadOut):
     def setup(self, stage):
         if stage != "fit": return
         if self.hparams.compile: compile_blocks(self.model)
-        self.freeze(set.intersection(*(set(s.frozen) for s in self.stages)))  # devices agree now on what they will share
+        self.freeze(set.intersection(*(set(s.frozen) for s in self.stages)))  # devices agree now on what to share
 
     def freeze(self, parts):
         """Let gradients flow everywhere but into these parts, and what is always fixed."""
@@ -195,6 +199,7 @@ class FerretModule(SpreadOut):
     def dense_losses(self, batch, features, projected, regions):
         """How well the patches, and the regions where there are some, tell what they show."""
         dense = {k.removeprefix("dense_"): batch[k] for k in batch if k.startswith("dense_")}
+        if not dense: raise ValueError("records do not say what patches show: set model.dense_weight to 0")
         embeddings, region_words = self.model.get_input_embeddings()(self.word_ids), dense.pop("region_words", None)
         losses = {"dense": self.dense_head(features, projected, embeddings, **dense)}
         if regions is not None: losses["region"] = self.dense_head.region_loss(regions, embeddings, region_words)

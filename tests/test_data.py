@@ -159,6 +159,18 @@ def test_a_step_is_dealt_out_to_devices_and_to_accumulated_batches():
     assert len(StageBatches([Stage(3, 2)], 50, start_step=1, accumulate=2, rank=1, devices=3)) == 6
 
 
+def test_the_full_world_brings_its_own_tasks_and_its_own_way_to_ask():
+    data = module([Stage(1, 2, loss="dense"), Stage(1, 2)], format="world", image_size=96, max_length=512)
+    dense, batch = data.train_dataloader()
+    assert batch["pixel_values"].shape == (2, 3, 96, 96) and batch["input_ids"].shape == (2, 512)
+    assert dense["dense_words"].shape[1:] == (144, len(data.words)) and "diamond" in data.words
+    asked = data.questions("val", 1)
+    assert {"relate", "count", "which", "same", "locate"} < {q.task for q in asked}
+    assert asked[0].dialogue.turns[1].text == data.questions("val", 1)[0].dialogue.turns[1].text
+    with pytest.raises(ValueError, match="would turn left into right"): module(format="world", augment="mirror")
+    with pytest.raises(ValueError, match="'count'"): module(format="world", mix={"counting": 1})
+
+
 def test_train_val_and_test_share_no_scene():
     marks = [hashlib.sha256(SceneExamples(split)[i].image.tobytes()).digest()
              for split in ("train", "val", "test") for i in range(60)]
