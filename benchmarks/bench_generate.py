@@ -20,7 +20,7 @@ import yaml
 from ferret_lite.data import FerretDataModule, SceneExamples, make_questions
 from ferret_lite.model import FerretForConditionalGeneration, answer
 from ferret_lite.processor import FerretProcessor
-from ferret_lite.training import build_model
+from ferret_lite.build import build_model
 
 THREADS, BATCH, TOKENS = 2, 16, 24
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"

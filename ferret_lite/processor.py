@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pad_rows', 'pad_points', 'pad_examples', 'ProcessorSettings', 'ExampleEncoder', 'as_dialogue', 'FerretProcessor']
 
-# %% ../nbs/10_processor.ipynb #58476ebe
+# %% ../nbs/10_processor.ipynb #ff2e4c32
 import zlib
 
 import numpy as np
@@ -15,9 +15,10 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .coords import NUM_BINS
 from .points import region_seed, sample_points
-from .prompt import REGION_TOKEN, TEMPLATES, Encoded, add_region_token, encode_dialogues
+from .prompt import REGION_TOKEN, Encoded, add_region_token, encode_dialogues
 from .records import Dialogue, Record, Turn, check_dialogue, open_image
 from .regions import Region, region_mask
+from .templates import end_token_id, find_template
 
 # %% ../nbs/10_processor.ipynb #bfdffd83
 def pad_rows(
@@ -57,14 +58,14 @@ def pad_examples(
         batch[name] = pad_rows([getattr(encoded, name) for encoded, _ in examples], length, value)
     return batch
 
-# %% ../nbs/10_processor.ipynb #f36c319b
+# %% ../nbs/10_processor.ipynb #b536eba9
 class ProcessorSettings(ProcessorMixin):
     """An image processor, a tokenizer and what joins them, saved and loaded together."""
     def __init__(
         self,
         image_processor,         # Any of transformers; a copy of it is made to stretch to a square
         tokenizer,               # Any fast one; gets the region token if it lacks it
-        template:str="vicuna",   # Name in `TEMPLATES`
+        template:str="vicuna",   # See `find_template`; "chat" is the tokenizer's own
         image_size:int=336,      # Side of the model's square image, pixels
         image_length:int=576,    # Tokens that an image takes: the encoder's patches
         num_points:int=512,      # Points per region
@@ -76,7 +77,7 @@ class ProcessorSettings(ProcessorMixin):
         few_pixels:str="jitter", # What a small mask does, see `sample_points`
         repeatable:bool=True,    # The same question gets the same points; the release draws anew
     ):
-        if template not in TEMPLATES: raise ValueError(f"unknown template {template!r}: use one of {list(TEMPLATES)}")
+        find_template(template, tokenizer)  # an unknown one is an error
         square = dict(do_resize=True, size={"height": image_size, "width": image_size}, resample=Image.BICUBIC,
                       do_center_crop=False)
         super().__init__(image_processor.from_dict({**image_processor.to_dict(), **square}), tokenizer)
@@ -90,6 +91,8 @@ class ProcessorSettings(ProcessorMixin):
     def image_token_id(self): return len(self.tokenizer)  # just outside of the vocabulary
     @property
     def region_token_id(self): return self.tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+    @property
+    def end_token_id(self): return end_token_id(self.tokenizer, find_template(self.template, self.tokenizer))
 
     @classmethod
     def get_processor_dict(cls, folder, **kwargs):
@@ -102,7 +105,7 @@ class ProcessorSettings(ProcessorMixin):
         raise ValueError(f"{folder} holds {found or 'no processor'}, not a {cls.__name__}: give a folder that training "
                          "or save_pretrained wrote")
 
-# %% ../nbs/10_processor.ipynb #57fc0286
+# %% ../nbs/10_processor.ipynb #6bcd3ec3
 class ExampleEncoder(ProcessorSettings):
     """What one image and its dialogues become."""
     def mask_points(
@@ -141,7 +144,8 @@ class ExampleEncoder(ProcessorSettings):
         **options,                         # `max_length` and `answer_last` of `encode_dialogues`
     )->tuple[Encoded, np.ndarray]:         # Tokens, and points `(r, n, 2)`
         """Tokens and points of one image's dialogues."""
-        encoded = encode_dialogues(dialogues, *image.size, self.tokenizer, TEMPLATES[self.template], self.image_length,
+        template = find_template(self.template, self.tokenizer)
+        encoded = encode_dialogues(dialogues, *image.size, self.tokenizer, template, self.image_length,
                                    self.image_token_id, num_bins=self.num_bins, rule=self.rule, **options)
         return encoded, self.draw_points(dialogues, encoded.region_refs, image, rng)
 

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from ferret_lite.data import (FerretDataModule, FolderExamples, SceneExamples, Stage, StageBatches, TrainingDataset,
-                              make_questions, stage_at, tiny_processor)
+from ferret_lite.data import FerretDataModule
+from ferret_lite.examples import FolderExamples, SceneExamples, make_questions
+from ferret_lite.rows import TrainingDataset, tiny_processor
 from ferret_lite.sources import Annotated
+from ferret_lite.stages import Stage, StageBatches, stage_at
 from ferret_lite.targets import dense_targets, patch_labels, zoom_and_flip
 from ferret_lite.tasks import AnnotatedObject, dataset_texts
 
@@ -133,14 +135,40 @@ def run(folder, data, max_steps, ckpt_path=None, **settings):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("stop", [1, 4])
-def test_a_resumed_run_sees_what_an_unbroken_one_sees(data, tmp_path, stop):
+@pytest.mark.parametrize("stop, accumulate", [(1, 1), (4, 1), (3, 2)])
+def test_a_resumed_run_sees_what_an_unbroken_one_sees(data, tmp_path, stop, accumulate):
+    """Steps are the optimiser's: with accumulated batches the loader lasts as much longer."""
     data = module([Stage(2, 2, loss="dense"), Stage(5, 2)], val_questions=1)
-    unbroken = run(tmp_path/"a", data, 7, val_check_interval=2)
-    assert [step for step, _ in unbroken] == list(range(7))
-    first = run(tmp_path/"b", data, stop, val_check_interval=2)
-    rest = run(tmp_path/"b", data, 7, ckpt_path=str(tmp_path/"b/last.ckpt"), val_check_interval=2)
+    settings = dict(val_check_interval=2 * accumulate, accumulate_grad_batches=accumulate)
+    unbroken = run(tmp_path/"a", data, 7, **settings)
+    assert [step for step, _ in unbroken] == [step for step in range(7) for _ in range(accumulate)]
+    assert len({seen for _, seen in unbroken}) == 7 * accumulate
+    first = run(tmp_path/"b", data, stop, **settings)
+    rest = run(tmp_path/"b", data, 7, ckpt_path=str(tmp_path/"b/last.ckpt"), **settings)
     assert first + rest == unbroken
+
+
+def test_a_step_is_dealt_out_to_devices_and_to_accumulated_batches():
+    """Whoever runs it, a step has the same images; no two batches share one."""
+    alone = list(StageBatches([Stage(3, 12)], 50, start_step=1))
+    place = dict(start_step=1, accumulate=2, devices=3)
+    parts = [list(StageBatches([Stage(3, 2)], 50, rank=rank, **place)) for rank in range(3)]
+    for step, whole in enumerate(alone):
+        keys = [key for part in parts for batch in part[2 * step:2 * step + 2] for key in batch]
+        assert sorted(keys) == sorted(whole) and len(set(keys)) == 12
+    assert len(StageBatches([Stage(3, 2)], 50, start_step=1, accumulate=2, rank=1, devices=3)) == 6
+
+
+def test_the_full_world_brings_its_own_tasks_and_its_own_way_to_ask():
+    data = module([Stage(1, 2, loss="dense"), Stage(1, 2)], format="world", image_size=96, max_length=512)
+    dense, batch = data.train_dataloader()
+    assert batch["pixel_values"].shape == (2, 3, 96, 96) and batch["input_ids"].shape == (2, 512)
+    assert dense["dense_words"].shape[1:] == (144, len(data.words)) and "diamond" in data.words
+    asked = data.questions("val", 1)
+    assert {"relate", "count", "which", "same", "locate"} < {q.task for q in asked}
+    assert asked[0].dialogue.turns[1].text == data.questions("val", 1)[0].dialogue.turns[1].text
+    with pytest.raises(ValueError, match="would turn left into right"): module(format="world", augment="mirror")
+    with pytest.raises(ValueError, match="'count'"): module(format="world", mix={"counting": 1})
 
 
 def test_train_val_and_test_share_no_scene():
