@@ -6,8 +6,9 @@
 __all__ = ['OPTIONS', 'TASKS', 'answer_benchmark', 'print_scores', 'score_and_print', 'bench_command', 'report_command',
            'evaluate_command', 'check_words', 'open_model']
 
-# %% ../nbs/28a_evaluate_cli.ipynb #8cd3d654
+# %% ../nbs/28a_evaluate_cli.ipynb #20d76823
 import json as json_
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -85,10 +86,11 @@ def bench_command(loaded, data, images, predictions, out, json, judge, protocol,
     if json: write_scores(json, scores, task="bench", protocol=protocol, judge=judge and judge.model)
     print_scores(scores, note)
 
-# %% ../nbs/28a_evaluate_cli.ipynb #f792ff25
+# %% ../nbs/28a_evaluate_cli.ipynb #9be06045
 def report_command(folder, loaded, out, data, format, splits, num, seed, part, first, **settings):
     """`evaluate report`: the test, the offline bench, one page."""
-    module, sections = FerretDataModule([], format=format, root=data, splits=list(splits)), {}
+    module = FerretDataModule([], format=format, root=data, splits=list(splits), processor=str(folder))
+    sections = {}
     if format in ("scenes", "world"):
         bench = world_bench(*loaded, Path(out)/"bench", world=format, seed=seed, **settings)
         text = "Three sets of 40 questions, checked by rule; the baseline is the true answer to another question."
@@ -157,7 +159,7 @@ def evaluate_command(
         predictions = answer_benchmark(task, data, images, loaded, out, region, question, **settings)
         if first: score_and_print(task, annotations or data, predictions, protocol, json, **scoring)
 
-# %% ../nbs/28a_evaluate_cli.ipynb #b0f27402
+# %% ../nbs/28a_evaluate_cli.ipynb #3013d6c4
 def check_words(task, annotations, predictions, data, out, format):
     """Raise `ValueError` for a call that says too little or two things."""
     if predictions is None and out is None:
@@ -173,7 +175,11 @@ def check_words(task, annotations, predictions, data, out, format):
 
 
 def open_model(folder):
-    """The folder's name, and model and processor."""
+    """The folder's name, and model and processor; where there are GPUs, each process takes one."""
+    import torch
     from ferret_lite.ask import newest_model
     folder = folder or newest_model()
-    return folder, load_model(folder)
+    model, processor = load_model(folder)
+    gpus = torch.cuda.device_count()
+    if gpus: model = model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}")
+    return folder, (model, processor)
