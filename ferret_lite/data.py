@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_shares', 'check_source', 'FerretDataModule']
 
-# %% ../nbs/22_data.ipynb #ddf4c575
+# %% ../nbs/22_data.ipynb #6df0fcad
 from typing import Any, Literal
 
 import lightning as L
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from .build import pretrained_processor
 from .examples import FolderExamples, SceneExamples, make_questions
 from .examples import Question  # noqa: F401  handed on
+from .grit_examples import GritExamples, is_world
 from .processor import FerretProcessor
 from .recorded import RecordDataset, open_records
 from .rows import TrainingDataset, tiny_processor
@@ -23,7 +24,7 @@ from .tasks import FORMS, MIX, TASKS, WORLD_NAMES, dataset_texts
 from .world import WORLD_COLORS, WORLD_SHAPES
 from .world_tasks import WorldExamples
 
-# %% ../nbs/22_data.ipynb #c35b2bb1
+# %% ../nbs/22_data.ipynb #33d60010
 def check_shares(
     shares, # name -> share
     known,  # names that exist
@@ -41,20 +42,23 @@ def check_source(format, root, splits, augment, processor):
         raise ValueError(f"format {format!r} reads files: give their folder, --data.root")
     if format == "world" and augment != "none":
         raise ValueError(f"augment {augment!r} would turn left into right: the full world takes none")
+    if format == "grit" and augment != "none":
+        raise ValueError(f"augment {augment!r} would crop what the questions are about: a built GRIT takes none")
     if len(splits) != 3: raise ValueError(f"splits {splits}: name three, for training, validation and test")
     if format == "records" and not processor:
         raise ValueError("format 'records' needs a tokenizer: name a trained Ferret, or pretrained parts, in "
                          "data.processor")
 
-# %% ../nbs/22_data.ipynb #6f0f82bf
+# %% ../nbs/22_data.ipynb #53ad4770
 class FerretDataModule(L.LightningDataModule):
     """Batches for training, held-out questions for validation and test.
 
     Args:
         stages: the parts of the run; the trainer runs the sum of their steps.
         format: "scenes" for the small embedded world, "world" for the full one, "voc" or "coco" for files, "records"
-            for dialogues written beforehand.
+            for dialogues written beforehand, "grit" for a build of `ferret-lite grit build` with `objects: true`.
         root: the folder of the files; of records: SPLIT.jsonl and the pictures, or what `ferret-lite grit build` wrote;
+            of a build: its folder, or one that holds the builds train/, val/ and test/;
             of the full world: photographs as backgrounds, not needed.
         splits: names of the splits for training, validation and test.
         num_scenes: scenes of the embedded world in an epoch.
@@ -110,6 +114,7 @@ class FerretDataModule(L.LightningDataModule):
         self.words = list(dict.fromkeys(word for name in self.names() for word in name.split()))
         if not processor:
             texts = world_texts() if format == "world" else dataset_texts(self.names())
+            texts = [*texts, *getattr(self.train_examples, "texts", ())]
             self.processor = tiny_processor(list(texts), image_size, (image_size // patch_size) ** 2, num_points,
                                             point_radius)
         self.grid = round(self.processor.image_length ** 0.5)
@@ -122,10 +127,12 @@ class FerretDataModule(L.LightningDataModule):
     def examples(self, part):
         """The annotated images, or the records, of "train", "val" or "test"."""
         split = self.splits[["train", "val", "test"].index(part)]
-        if self.format == "scenes": return SceneExamples(split, self.num_scenes, self.seed)
+        world = self.format == "grit" and part != "train" and is_world(self.root)  # its own held-out scenes test it
+        if self.format == "scenes" or world: return SceneExamples(split, self.num_scenes, self.seed)
         if self.format == "world":
             return WorldExamples(split, self.num_scenes, self.seed, self.image_size, photos=self.root)
         if self.format == "records": return open_records(self.root, split)
+        if self.format == "grit": return GritExamples(self.root, split)
         return FolderExamples(self.root, split, self.format)
 
     def dataset(self, examples):
