@@ -24,12 +24,18 @@ NBS, SRC, BUILD = DOCS.parent / "nbs", DOCS / "_src", DOCS / "_build"
 MATHJAX = "mathjax@3.2.2"
 PARTS = {  # the sidebar; a chapter that no part names comes last
     "Regions": "coords regions points sampler",
-    "Pictures and samples": "plotting records",
-    "Words": "grounding prompt",
-    "The model": "processor model official",
-    "Data": "scenes tasks sources data",
-    "Training and scores": "metrics evaluate training bench",
-    "Using it": "demo cli",
+    "Files and pictures": "files captions plotting records",
+    "Words": "dialects grounding templates prompt",
+    "The model": "processor vision splice config model build",
+    "Apple's checkpoints": "weights clip official conversion",
+    "The embedded world": "scenes textures tasks world relations talks world_tasks",
+    "Annotations": "annotated sources corpora genome released",
+    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards grit grit_commands grit_examples",
+    "Batches": "targets stages examples recorded rows data",
+    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions evaluate bench world_bench report",
+    "Training": "optim losses lora checkpoints training",
+    "Using it": "ask evaluate_cli demo cli",
+    "Guides": "paper_or_code backbones seven_billion",
 }
 
 
