@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FerretPreTrainedModel', 'FerretModel', 'FerretForConditionalGeneration', 'answer', 'save_model', 'load_model']
 
-# %% ../nbs/17_model.ipynb #abe8a195
+# %% ../nbs/17_model.ipynb #a3210e51
 import math
 from pathlib import Path
 from shutil import copyfile
@@ -18,7 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from . import vision  # noqa: F401  its encoder is registered with the Auto classes
-from .config import FerretConfig
+from .config import FerretConfig, UNCONVERTED
 from .files import write_atomic
 from .points import bilinear_features
 from .processor import FerretProcessor
@@ -178,7 +178,7 @@ def answer(
 AutoModelForImageTextToText.register(FerretConfig, FerretForConditionalGeneration)
 AutoProcessor.register(FerretConfig, FerretProcessor)
 
-# %% ../nbs/17_model.ipynb #4bdb7e4e
+# %% ../nbs/17_model.ipynb #4122796a
 def save_model(
     model,     # a `FerretForConditionalGeneration`
     processor, # its `FerretProcessor`
@@ -198,7 +198,10 @@ def load_model(
 ):          # `FerretForConditionalGeneration` ready to answer, `FerretProcessor`
     """Open a saved model: safetensors only, so that no code in it can run. Every fault is one error with the folder."""
     folder = Path(folder)
-    if not (folder/"config.json").is_file() or not list(folder.glob("model*.safetensors")):
+    config = folder/"config.json"
+    if config.is_file() and '"mm_vision_tower"' in config.read_text(errors="ignore"):
+        raise ValueError(f"{folder}: {UNCONVERTED}")
+    if not config.is_file() or not list(folder.glob("model*.safetensors")):
         raise FileNotFoundError(f"{folder} is no folder with config.json and model.safetensors: give one that training "
                                 "saved, such as runs/tiny/model (no checkpoint)")
     try:

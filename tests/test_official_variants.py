@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ferret_lite.conversion import convert, export
+from ferret_lite.model import load_model
 from ferret_lite.official import Checkpoint, load
 from ferret_lite.regions import Box
 from ferret_lite.weights import Weights
@@ -273,6 +274,7 @@ def test_damaged_tokenizer(tmp_path):
 def test_unconverted(tmp_path):
     write_official(tmp_path)
     with pytest.raises(ValueError, match="convert it first"): AutoModelForCausalLM.from_pretrained(tmp_path / "ferret")
+    with pytest.raises(ValueError, match="convert it first"): load_model(tmp_path / "ferret")
 
 
 # The way back --------------------------------------------------------------------------------------------------------
