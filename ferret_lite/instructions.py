@@ -14,21 +14,19 @@ from .annotated import Annotated, Caption
 from .phrasings import PHRASINGS, POINTING, a, draw_kind, draw_phrasing, plain, point_at, sentence
 from .records import Dialogue, Turn
 from .regions import Box
+from .tasks import one_exchange
 
 # %% ../nbs/36_instructions.ipynb #381ce641
 def _join(words):
     words = list(words)
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
-def _talk(question, answer, regions, task):
-    return Dialogue([Turn("user", question), Turn("assistant", answer)], regions, task)
-
 # %% ../nbs/36_instructions.ipynb #dde1bced
 def ask_object(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "A region comes in, the name goes out."
     region = point_at(record.objects[i], kind, rng, record.objects)
     question = draw_phrasing("object", rng, region="[region0]")
-    return _talk(question, sentence(a(record.objects[i].name)), [region], "object")
+    return one_exchange(question, sentence(a(record.objects[i].name)), [region], "object")
 
 def ask_attribute(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "A region comes in, how it looks goes out."
@@ -36,7 +34,7 @@ def ask_attribute(record:Annotated, i:int, rng, kind:str)->Dialogue:
     name = " ".join(w for w in o.name.split() if w not in attributes) or o.name  # "red disc" is called a disc here
     question = draw_phrasing("attribute", rng, region="[region0]", name=plain(name))
     answer = f"The {name} is {_join(attributes)}"
-    return _talk(question, sentence(answer), [point_at(o, kind, rng, record.objects)], "attribute")
+    return one_exchange(question, sentence(answer), [point_at(o, kind, rng, record.objects)], "attribute")
 
 def ask_relation(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "Two regions come in, what holds between them goes out."
@@ -44,20 +42,20 @@ def ask_relation(record:Annotated, i:int, rng, kind:str)->Dialogue:
     one, two = record.objects[r.subject], record.objects[r.object]
     regions = [point_at(o, kind, rng, record.objects) for o in (one, two)]
     question = draw_phrasing("relation", rng, region="[region0]", region2="[region1]")
-    return _talk(question, sentence(f"The {one.name} is {r.predicate} the {two.name}"), regions, "relation")
+    return one_exchange(question, sentence(f"The {one.name} is {r.predicate} the {two.name}"), regions, "relation")
 
 def ask_description(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "A region comes in, a sentence goes out."
     region = point_at(record.descriptions[i], "box" if kind == "point" else kind, rng)  # a place, not one thing
     question = draw_phrasing("description", rng, region="[region0]")
-    return _talk(question, sentence(record.descriptions[i].name), [region], "description")
+    return one_exchange(question, sentence(record.descriptions[i].name), [region], "description")
 
 # %% ../nbs/36_instructions.ipynb #5471aafb
 def find_expression(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "An expression comes in, its box goes out."
     o = record.expressions[i]
     answer = f"{sentence(o.name)[:-1]} [region0]."
-    return _talk(draw_phrasing("expression", rng, text=plain(o.name)), answer, [Box(*o.box)], "expression")
+    return one_exchange(draw_phrasing("expression", rng, text=plain(o.name)), answer, [Box(*o.box)], "expression")
 
 def grounded(
     caption:Caption,
@@ -78,18 +76,18 @@ def find_phrases(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "A sentence comes in, the same with boxes goes out."
     text, regions = grounded(record.captions[i])
     question = draw_phrasing("phrases", rng, text=plain(record.captions[i].text).rstrip(" ."))
-    return _talk(question, text, regions, "phrases")
+    return one_exchange(question, text, regions, "phrases")
 
 def write_caption(record:Annotated, i:int, rng, kind:str)->Dialogue:
     "Nothing comes in, a sentence with boxes goes out."
-    return _talk(draw_phrasing("caption", rng), *grounded(record.captions[i]), "caption")
+    return one_exchange(draw_phrasing("caption", rng), *grounded(record.captions[i]), "caption")
 
 def find_all(record:Annotated, name:str, rng, kind:str)->Dialogue:
     "A class comes in, every box of it goes out, from left to right."
     boxes = sorted(o.box for o in record.objects if o.name == name and not o.ignore)
     mentions = " ".join(f"[region{i}]" for i in range(len(boxes)))
     question = draw_phrasing("detect", rng, name=plain(name), a_name=a(plain(name)))
-    return _talk(question, f"{sentence(name)[:-1]} {mentions}.", [Box(*b) for b in boxes], "detect")
+    return one_exchange(question, f"{sentence(name)[:-1]} {mentions}.", [Box(*b) for b in boxes], "detect")
 
 # %% ../nbs/36_instructions.ipynb #ab103274
 def find_related(record:Annotated, i:int, rng, kind:str)->Dialogue:
@@ -99,7 +97,7 @@ def find_related(record:Annotated, i:int, rng, kind:str)->Dialogue:
     parts = dict(region="[region0]", predicate=plain(r.predicate), name=plain(one.name))
     answer = f"The {plain(two.name)} [region1]."
     regions = [point_at(one, kind, rng, record.objects), Box(*two.box)]
-    return _talk(draw_phrasing("related", rng, **parts), answer, regions, "related")
+    return one_exchange(draw_phrasing("related", rng, **parts), answer, regions, "related")
 
 # %% ../nbs/36_instructions.ipynb #88eb536f
 MOST = 15 # boxes in one answer: more do not fit a turn

@@ -16,7 +16,7 @@ from .records import Dialogue, Turn
 from .regions import Box
 from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, Facts, closest_relation, counts_of, deny, full_name,
                                    named, own_phrases, plural, same_pairs)
-from .tasks import HYBRID, TEMPLATES, draw_region
+from .tasks import HYBRID, TEMPLATES, capital, draw_region
 
 # %% ../nbs/28_talks.ipynb #5b552d2d
 WORLD_TEMPLATES = {
@@ -45,8 +45,6 @@ def pick_share(shares, rng):
     edges = np.cumsum(list(shares.values()))
     return list(shares)[int((rng.random() * edges[-1] >= edges[:-1]).sum())]
 
-def _capital(text): return text[0].upper() + text[1:]
-
 class Talk:
     "A dialogue while it is written: its turns, its regions, and the object that \"it\" stands for."
     def __init__(self, facts:Facts, rng:np.random.Generator, forms:dict=HYBRID, train:bool=False):
@@ -61,7 +59,7 @@ class Talk:
     def say(self, question:str, answer:str, **words):
         "Add a question, by its key in `WORLD_TEMPLATES`, and its answer, which becomes a sentence."
         text = WORLD_TEMPLATES[question][self.rng.integers(3) if self.train else 0].format(**words)
-        self.turns += [Turn("user", _capital(text)), Turn("assistant", _capital(answer) + ".")]
+        self.turns += [Turn("user", capital(text)), Turn("assistant", capital(answer) + ".")]
 
     def done(self, task:str)->Dialogue: return Dialogue(self.turns, self.regions, task)
 
@@ -191,7 +189,7 @@ def world_texts()->Iterator[str]:
     for predicate in PREDICATES: yield f"No, there is no thing {predicate} the thing {box}."
     for name, values in ATTRIBUTES.items():
         for word in values:
-            yield f"{named(word)} {box}, {_capital(named(word))} {box} and the {word} {box}."
+            yield f"{named(word)} {box}, {capital(named(word))} {box} and the {word} {box}."
             yield plural(word) if name == "shape" else f"{word} things"
     for number in NUMBERS: yield f"{number.capitalize()}: a thing {box}."
     yield f"Yes, both are red. No, the first is a disc {box} and the second is an L. It is red. The L. There is an L."

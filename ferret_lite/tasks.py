@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'TASKS', 'MIX', 'HYBRID', 'FORMS', 'BRIEF', 'WORLD_NAMES', 'AnnotatedObject', 'from_scene', 'article',
-           'draw_region', 'refer', 'locate', 'exists', 'describe', 'draw_negative', 'join_dialogues', 'askable', 'ask',
-           'compound', 'stream_dialogues', 'draw_dialogues', 'draw_question', 'all_questions', 'dataset_texts',
-           'world_texts']
+           'capital', 'one_exchange', 'draw_region', 'refer', 'locate', 'exists', 'describe', 'draw_negative',
+           'join_dialogues', 'askable', 'ask', 'compound', 'stream_dialogues', 'draw_dialogues', 'draw_question',
+           'all_questions', 'dataset_texts', 'world_texts']
 
 # %% ../nbs/25_tasks.ipynb #fa4174f1
 import re
@@ -64,10 +64,14 @@ def article(name:str)->str:
     return "an" if first[0] in ("AEFHILMNORSX" if first.isupper() else "aeiouAEIOU") else "a"
 
 def _a(name): return f"{article(name)} {name}"
-def _capital(text): return text[0].upper() + text[1:]
+def capital(text:str)->str:
+    "The text with a capital."
+    return text[0].upper() + text[1:]
+
 def _question(task, rng, train): return TEMPLATES[task][rng.integers(3) if train else 0]
 
-def _dialogue(question, answer, regions, task):
+def one_exchange(question:str, answer:str, regions:list, task:str)->Dialogue:
+    "A dialogue of one question and its answer."
     return Dialogue([Turn("user", question), Turn("assistant", answer)], regions, task)
 
 # %% ../nbs/25_tasks.ipynb #b6b2a081
@@ -122,30 +126,30 @@ def refer(
     mention = f"[region0:{form}]" if form else "[region0]"
     question = _question("refer", rng, train).format(region=mention)
     task = f"refer_{kind.replace('-', '_')}"
-    return _dialogue(question, _capital(_a(objects[i].name)) + ".", [draw_region(objects[i], kind, rng, train)], task)
+    return one_exchange(question, capital(_a(objects[i].name)) + ".", [draw_region(objects[i], kind, rng, train)], task)
 
 def locate(objects, i:int, rng:np.random.Generator, train:bool=False, brief:float=0.)->Dialogue:
     "A name that is unique comes in, a box goes out. With the chance `brief` its noun alone, if that is unique too."
     name, nouns = objects[i].name, [o.name.split()[-1] for o in objects]
     if nouns.count(nouns[i]) == 1 and rng.random() < brief: name = nouns[i]
-    return _dialogue(_question("locate", rng, train).format(name=name), f"The {name} [region0].",
-                     [Box(*objects[i].box)], "locate")
+    return one_exchange(_question("locate", rng, train).format(name=name), f"The {name} [region0].",
+                        [Box(*objects[i].box)], "locate")
 
 # %% ../nbs/25_tasks.ipynb #422c4881
 def exists(objects, name:str, rng:np.random.Generator, train:bool=False)->Dialogue:
     "Is there one? Yes with a box (of the largest, if there are several), or no."
     question = _question("exists", rng, train).format(a_name=_a(name))
     found = [o.box for o in objects if o.name == name and not o.ignore]
-    if not found: return _dialogue(question, f"No, there is no {name}.", [], "exists")
+    if not found: return one_exchange(question, f"No, there is no {name}.", [], "exists")
     box = max(found, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
-    return _dialogue(question, f"Yes, {_a(name)} [region0].", [Box(*box)], "exists")
+    return one_exchange(question, f"Yes, {_a(name)} [region0].", [Box(*box)], "exists")
 
 def describe(objects, rng:np.random.Generator, train:bool=False)->Dialogue:
     "Every object with its box, from left to right."
     seen = sorted((o for o in objects if not o.ignore), key=lambda o: (o.box[0], o.box[1]))
     parts = [f"{_a(o.name)} [region{i}]" for i, o in enumerate(seen)]
     text = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-    return _dialogue(_question("describe", rng, train), f"There is {text}.", [Box(*o.box) for o in seen], "describe")
+    return one_exchange(_question("describe", rng, train), f"There is {text}.", [Box(*o.box) for o in seen], "describe")
 
 # %% ../nbs/25_tasks.ipynb #aa830979
 def draw_negative(
@@ -297,7 +301,7 @@ def dataset_texts(names)->Iterator[str]:
         a_name = _a(name)
         for task in ("refer", "locate", "exists"):
             for text in TEMPLATES[task]: yield text.format(region=box, name=name, a_name=a_name)
-        yield f"{_capital(a_name)}."
+        yield f"{capital(a_name)}."
         yield f"The {name} {box}."
         yield f"Yes, {a_name} {box}."
         yield f"No, there is no {name}."

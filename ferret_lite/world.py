@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .textures import Photos, cut_texture, fill_patterns
-from .scenes import COLORS, SHAPES, SPLITS, Scene, SceneObject, noise_bank, stamp_mask
+from .scenes import COLORS, SHAPES, SPLITS, Scene, SceneObject, draw_between, draw_one, noise_bank, stamp_mask
 
 # %% ../nbs/26_world.ipynb #01b9673c
 WORLD_SHAPES = (*SHAPES, "diamond", "star", "frame", "arrow", "bowtie")
@@ -117,21 +117,17 @@ class _Canvas:
         return size_of(max(_sides(rest)), len(self.labels)) == self.stamps[i].size
 
 # %% ../nbs/26_world.ipynb #95d267c6
-def _between(rng, low, high): return low + int((high - low + 1) * rng.random())
-
-def _choice(rng, items): return items[int(len(items) * rng.random())]
-
 def _width(rng, size, side):
     low, high = SIZES[size]
-    return _between(rng, round(low * side), round(high * side))
+    return draw_between(rng, round(low * side), round(high * side))
 
 def _pick(rng, stamps, size, shapes=WORLD_SHAPES, colors=tuple(WORLD_COLORS)):
     # A (shape, color) that no stamp of this size has. It often shares one of the two with a stamp, at times both.
     taken = [(s.shape, s.color) for s in stamps if s.size == size]
     while True:
-        shape, color, chance = _choice(rng, shapes), _choice(rng, colors), rng.random()
+        shape, color, chance = draw_one(rng, shapes), draw_one(rng, colors), rng.random()
         if stamps and chance < .6:
-            other = _choice(rng, stamps)
+            other = draw_one(rng, stamps)
             shape, color = (other.shape if chance < .35 else shape), (other.color if chance > .25 else color)
         if shape in shapes and color in colors and (shape, color) not in taken: return shape, color
 
@@ -141,13 +137,13 @@ def _stamp(rng, side, stamps, size, at=None, **kinds):
     # A stamp of this size: anywhere, or inside the stamp `at`.
     width, shape_color = _width(rng, size, side), _pick(rng, stamps, size, **kinds)
     x0, y0, room = (0, 0, side) if at is None else (at.x, at.y, at.width)
-    x, y = x0 + _between(rng, 0, room - width), y0 + _between(rng, 0, room - width)
-    return _Stamp(*shape_color, size, _fill(rng), x, y, width, _between(rng, 0, 3))
+    x, y = x0 + draw_between(rng, 0, room - width), y0 + draw_between(rng, 0, room - width)
+    return _Stamp(*shape_color, size, _fill(rng), x, y, width, draw_between(rng, 0, 3))
 
 # %% ../nbs/26_world.ipynb #154ee3f4
 def _put_pair(rng, canvas):
     # Two interlocked stamps with exactly the same box. Nothing else may touch their square.
-    a = _stamp(rng, len(canvas.labels), [], _choice(rng, ("medium", "large")), shapes=("wedge", "L"))
+    a = _stamp(rng, len(canvas.labels), [], draw_one(rng, ("medium", "large")), shapes=("wedge", "L"))
     _, color = _pick(rng, [a], a.size, (a.shape,))
     a = a._replace(interlocked=True)
     canvas.put(a)
@@ -157,7 +153,7 @@ def _put_pair(rng, canvas):
 def _put_nest(rng, canvas):
     # A large ring or frame and one or two small objects in it. Nothing else may touch their square.
     outer = _stamp(rng, len(canvas.labels), [], "large", shapes=HOLLOW)
-    hole, count, tries = hole_mask(outer.shape, outer.width), _between(rng, 1, 2), 0
+    hole, count, tries = hole_mask(outer.shape, outer.width), draw_between(rng, 1, 2), 0
     canvas.put(outer)
     kinds = dict(colors=[c for c in WORLD_COLORS if c != outer.color],
                  shapes=[s for s in WORLD_SHAPES if s not in HOLLOW])
@@ -170,12 +166,12 @@ def _put_nest(rng, canvas):
 
 def _layout(rng, side, kind):
     # 2 to 8 stamps; a scene that is too full after 80 tries stays as it is.
-    canvas, count, tries = _Canvas(side), _between(rng, 2, 8), 0
+    canvas, count, tries = _Canvas(side), draw_between(rng, 2, 8), 0
     if kind == "same_box": _put_pair(rng, canvas)
     if kind == "nested": _put_nest(rng, canvas)
     while len(canvas.stamps) < 2 or (len(canvas.stamps) < count and tries < 80):
         tries += 1
-        canvas.put(_stamp(rng, side, canvas.stamps, _choice(rng, ("small", "small", "medium", "medium", "large"))))
+        canvas.put(_stamp(rng, side, canvas.stamps, draw_one(rng, ("small", "small", "medium", "medium", "large"))))
     return canvas
 
 # %% ../nbs/26_world.ipynb #7b41bdb8
