@@ -1,5 +1,6 @@
-"""Build the book: nbs/*.ipynb -> docs/_src (MyST notebooks and API pages) -> Sphinx -> docs/_build/html.
+"""Build the book: nbs/*.ipynb -> docs/_src (MyST notebooks and API pages) -> Sphinx -> docs/_build/html, then check it.
 
+`python docs/build.py 04_sampler 03_points` builds a draft of these pages alone, unchecked, in docs/_build/draft.
 Needs npm once, to fetch MathJax; the pages themselves ask nothing of the network."""
 import ast
 import os
@@ -17,10 +18,13 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.processors import FilterDefaults, clean_magics, filter_stream_, hide_, hide_line, strip_ansi
 
 import ferret_lite
+from check import check_site
 from ferret_lite._modidx import d as index
+from figures import alt_text, has_picture, last_heading
 
 DOCS = Path(__file__).resolve().parent
 NBS, SRC, BUILD = DOCS.parent / "nbs", DOCS / "_src", DOCS / "_build"
+PAGES = sorted(path.stem for path in (DOCS / "pages").glob("*.md"))  # written by hand, with no code
 MATHJAX = "mathjax@3.2.2"
 PARTS = {  # the sidebar; a chapter that no part names comes last
     "Regions": "coords regions points sampler",
@@ -67,7 +71,7 @@ class ToMyst:
     options = re.compile(r"^\s*#\|\s*([\w-]+)\s*:\s*(.*?)\s*$\n?", re.M)
 
     def __init__(self, nb):
-        self.nb = nb
+        self.nb, self.heading, self.prose = nb, "", ""
 
     def begin(self):
         cells = [new for cell in self.nb.cells for new in self.convert(cell)]
@@ -77,8 +81,10 @@ class ToMyst:
         """One cell -> the cells that stand for it in the book."""
         if cell.cell_type == "raw":
             front = self.nb.frontmatter_
+            self.heading, self.prose = front["title"], front["description"]
             return [mk_cell(f"# {front['title']}\n\n*{link_symbols(front['description'])}*", "markdown")]
         if cell.cell_type == "markdown":
+            self.heading, self.prose = last_heading(cell.source) or self.heading, cell.source
             cell.source = link_symbols(cell.source)
             return [cell]
         options = dict(self.options.findall(cell.source))
@@ -86,9 +92,12 @@ class ToMyst:
         if not cell.source:
             return []
         exported = {"export", "exporti", "exports"} & cell.directives_.keys()
-        cell.metadata = {"tags": cell_tags(options, exported)}
+        cell.metadata = {"tags": cell_tags(options, exported), "mystnb": {}}
         if "code-summary" in options:
-            cell.metadata["mystnb"] = {"code_prompt_show": options["code-summary"].strip("\"'")}
+            cell.metadata["mystnb"]["code_prompt_show"] = options["code-summary"].strip("\"'")
+        if has_picture(cell):
+            alt = options.get("fig-alt", "").strip("\"'") or alt_text(cell.source, self.heading, self.prose)
+            cell.metadata["mystnb"]["image"] = {"alt": alt}
         return [cell, *(api_links(cell.source) if exported else [])]
 
 
@@ -122,7 +131,7 @@ def contents(chapters, modules):
     """The tables of contents of the whole book, as one cell."""
     room = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
     parts = {caption: [room.pop(name) for name in names.split() if name in room] for caption, names in PARTS.items()}
-    parts["More"] = list(room.values())
+    parts["More"] = [*room.values(), *PAGES]
     parts["Reference"] = [f"api/{module}" for module in modules]
     return mk_cell("".join(toctree(caption, pages) for caption, pages in parts.items() if pages), "markdown")
 
@@ -130,22 +139,26 @@ def contents(chapters, modules):
 def write_api(module, chapter):
     """One API page, filled by autodoc; conf.py adds the parameters' comments."""
     name = f"ferret_lite.{module}"
-    import_module(name)  # a clearer error than autodoc's warning
+    names = vars(import_module(name))  # a clearer error than autodoc's warning
+    elsewhere = [n for n in names.get("__all__", []) if getattr(names.get(n), "__module__", name) != name]
     text = f"# {name}\n\nChapter: [{module}](../{chapter}.ipynb)\n\n"
-    text += f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+    text += f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n"
+    text += f"   :exclude-members: {', '.join(elsewhere)}\n```\n" if elsewhere else "```\n"
     (SRC / "api" / f"{module}.md").write_text(text, encoding="utf-8")
 
 
-def stage():
-    """Write docs/_src anew."""
+def stage(only=()):
+    """Write docs/_src anew: the whole book, or `only` some notebooks, then without the reference."""
     shutil.rmtree(SRC, ignore_errors=True)
     (SRC / "api").mkdir(parents=True)
     os.chdir(NBS)  # nbdev looks for its options from here upwards
-    chapters = sorted(path.stem for path in NBS.glob("[0-9]*.ipynb"))
+    chapters = sorted(path.stem for path in NBS.glob("[0-9]*.ipynb") if not only or path.stem in only)
     rooms = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
-    modules = {room: chapter for room, chapter in rooms.items() if f"ferret_lite.{room}" in index["syms"]}
+    modules = {room: chapter for room, chapter in rooms.items() if f"ferret_lite.{room}" in index["syms"] and not only}
     for module, chapter in modules.items():
         write_api(module, chapter)
+    for name in PAGES:
+        shutil.copy(DOCS / "pages" / f"{name}.md", SRC)
     for name in ["index", *chapters]:
         nb = read_nb(NBS / f"{name}.ipynb")
         Processors()(nb)
@@ -172,15 +185,30 @@ def fetch_mathjax():
         shutil.copy(source / "tex-svg.js", target)  # last: its presence means that all is there
 
 
-def main():
+def build(html, options):
+    """Run Sphinx over docs/_src; the notebooks that a page offers for download are those of nbs/."""
     from sphinx.cmd.build import main as sphinx_build
-    fetch_mathjax()
-    stage()
-    html = BUILD / "html"
-    status = sphinx_build(["-q", "-W", "--keep-going", "-E", "-c", str(DOCS), "-d", str(BUILD / "doctrees"),
-                           *sys.argv[1:], str(SRC), str(html)])
-    print(f"docs: {'failed' if status else f'see {html}/index.html'}")
+    shutil.rmtree(html, ignore_errors=True)  # else pages of chapters that are gone stay
+    status = sphinx_build(["-q", "--keep-going", "-E", "-c", str(DOCS), "-d", str(BUILD / "doctrees"),
+                           *options, str(SRC), str(html)])
+    for path in (html / "_sources").glob("*.ipynb"):
+        shutil.copy(NBS / path.name, path)
     return status
+
+
+def main():
+    options = [arg for arg in sys.argv[1:] if arg.startswith("-")]
+    only = [Path(arg).stem for arg in sys.argv[1:] if not arg.startswith("-")]
+    if missing := [name for name in only if not (NBS / f"{name}.ipynb").exists()]:
+        sys.exit(f"docs: no notebook nbs/{missing[0]}.ipynb; give names such as 04_sampler, or none for the whole book")
+    fetch_mathjax()
+    stage(only)
+    html = BUILD / ("draft" if only else "html")
+    draft = ["-D", "suppress_warnings=myst.header,myst.xref_missing"]  # links to the pages that are left out
+    status = build(html, [*(draft if only else ["-W"]), *options])
+    faults = [] if only else check_site(html)
+    print(*faults, f"docs: {'failed' if status or faults else f'see {html}/index.html'}", sep="\n")
+    return bool(status or faults)
 
 
 if __name__ == "__main__":
