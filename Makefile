@@ -35,6 +35,7 @@ docs: $(VENV)/.installed-docs  ## build the book: docs/_build/html/index.html
 	$(BIN)/python docs/build.py $(ARGS)
 
 export: $(VENV)/.installed  ## write ferret_lite/*.py and README.md from the notebooks, then clean those
+	$(BIN)/python docs/colab.py
 	$(BIN)/nbdev-export
 	$(BIN)/python docs/readme.py
 	$(BIN)/nbdev-clean
