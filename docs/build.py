@@ -6,10 +6,7 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
-import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -21,11 +18,12 @@ import ferret_lite
 from check import check_site
 from ferret_lite._modidx import d as index
 from figures import alt_text, has_picture, last_heading
+from repair import repair_site
+from vendor import fetch_mathjax
 
 DOCS = Path(__file__).resolve().parent
 NBS, SRC, BUILD = DOCS.parent / "nbs", DOCS / "_src", DOCS / "_build"
-PAGES = sorted(path.stem for path in (DOCS / "pages").glob("*.md"))  # written by hand, with no code
-MATHJAX = "mathjax@3.2.2"
+PAGES = sorted(path.stem for path in (DOCS / "pages").glob("*.md"))  # no code; they link to chapters without numbers
 PARTS = {  # the sidebar; a chapter that no part names comes last
     "Regions": "coords regions points sampler",
     "Files and pictures": "files captions plotting records",
@@ -34,12 +32,14 @@ PARTS = {  # the sidebar; a chapter that no part names comes last
     "Apple's checkpoints": "weights clip official conversion",
     "The embedded world": "scenes textures tasks world relations talks world_tasks",
     "Annotations": "annotated sources corpora genome released",
-    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards grit grit_commands grit_examples",
+    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards "
+                        "grit grit_commands grit_examples",
     "Batches": "targets stages examples recorded rows data",
-    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions evaluate bench world_bench report",
+    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions "
+              "evaluate bench world_bench report",
     "Training": "optim losses lora checkpoints training",
     "Using it": "ask evaluate_cli demo cli",
-    "Guides": "paper_or_code backbones seven_billion",
+    "Guides": "paper_or_code backbones seven_billion bibliography",
 }
 
 
@@ -129,9 +129,9 @@ def toctree(caption, pages):
 
 def contents(chapters, modules):
     """The tables of contents of the whole book, as one cell."""
-    room = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
+    room = {chapter.split("_", 1)[1]: chapter for chapter in chapters} | {page: page for page in PAGES}
     parts = {caption: [room.pop(name) for name in names.split() if name in room] for caption, names in PARTS.items()}
-    parts["More"] = [*room.values(), *PAGES]
+    parts["More"] = list(room.values())
     parts["Reference"] = [f"api/{module}" for module in modules]
     return mk_cell("".join(toctree(caption, pages) for caption, pages in parts.items() if pages), "markdown")
 
@@ -158,7 +158,9 @@ def stage(only=()):
     for module, chapter in modules.items():
         write_api(module, chapter)
     for name in PAGES:
-        shutil.copy(DOCS / "pages" / f"{name}.md", SRC)
+        text = (DOCS / "pages" / f"{name}.md").read_text(encoding="utf-8")
+        text = re.sub(r"\]\((\w+)\.ipynb", lambda link: f"]({rooms.get(link[1], link[1])}.ipynb", text)  # as numbered now
+        (SRC / f"{name}.md").write_text(text, encoding="utf-8")
     for name in ["index", *chapters]:
         nb = read_nb(NBS / f"{name}.ipynb")
         Processors()(nb)
@@ -167,32 +169,15 @@ def stage(only=()):
         write_nb(nb, SRC / f"{name}.ipynb")
 
 
-def fetch_mathjax():
-    """MathJax as one local folder, so that the pages' formulas need no network."""
-    target = BUILD / "vendor" / "mathjax"
-    if (target / "tex-svg.js").exists():
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run(["npm", "pack", "--silent", MATHJAX], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
-            sys.exit(f"docs: cannot fetch {MATHJAX} ({error}). Install npm and let it reach its registry, or put "
-                     f"tex-svg.js and input/ of that package's es5/ folder into {target}")
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
-            package.extractall(folder, filter="data")
-        source = Path(folder) / "package" / "es5"
-        shutil.copytree(source / "input" / "tex" / "extensions", target / "input" / "tex" / "extensions")
-        shutil.copy(source / "tex-svg.js", target)  # last: its presence means that all is there
-
-
 def build(html, options):
-    """Run Sphinx over docs/_src; the notebooks that a page offers for download are those of nbs/."""
+    """Run Sphinx over docs/_src and mend its pages; the notebooks that they offer for download are those of nbs/."""
     from sphinx.cmd.build import main as sphinx_build
     shutil.rmtree(html, ignore_errors=True)  # else pages of chapters that are gone stay
     status = sphinx_build(["-q", "--keep-going", "-E", "-c", str(DOCS), "-d", str(BUILD / "doctrees"),
                            *options, str(SRC), str(html)])
     for path in (html / "_sources").glob("*.ipynb"):
         shutil.copy(NBS / path.name, path)
+    repair_site(html)
     return status
 
 

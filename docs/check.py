@@ -88,8 +88,8 @@ def resolve(site, path, address):
     parts = urlsplit(address)
     if parts.scheme:
         return None, ""
-    target = path if not parts.path else (site if parts.path[0] == "/" else path.parent) / unquote(parts.path).lstrip("/")
-    target = target.resolve()
+    start = site if parts.path.startswith("/") else path.parent
+    target = (start / unquote(parts.path).lstrip("/") if parts.path else path).resolve()
     return (target / "index.html" if target.is_dir() else target), unquote(parts.fragment)
 
 
@@ -115,7 +115,7 @@ def check_site(site):
     faults = []
     for path, page in pages.items():
         found = list(page.faults)
-        found += [(line, f"{address} is fetched from elsewhere") for line, address in page.fetched if is_outside(address)]
+        found += [(line, f"{url} is fetched from elsewhere") for line, url in page.fetched if is_outside(url)]
         local = [pair for pair in page.links + page.fetched if not is_outside(pair[1])]
         found += [(line, fault) for line, address in local if (fault := check_address(site, path, address, pages))]
         faults += [f"{path.relative_to(site)}:{line}: {fault}" for line, fault in sorted(set(found))]

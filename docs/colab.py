@@ -1,6 +1,6 @@
 """Give every notebook the cell that makes it run in Colab. `--check` writes nothing and fails if one lacks it.
 
-Colab opens a single file of the repository; the cell fetches the rest and installs it. Anywhere else it does nothing."""
+Colab opens a single file of the repository; the cell fetches the rest and installs it. Elsewhere it does nothing."""
 import hashlib
 import json
 import sys
@@ -44,7 +44,8 @@ def main():
             stale.append(path.name)
             if "--check" not in sys.argv:
                 path.write_text(new, encoding="utf-8")
-    sys.exit(f"these lack Colab's cell, run `make export`: {' '.join(stale)}" if stale and "--check" in sys.argv else None)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"these lack Colab's cell, run `make export`: {' '.join(stale)}")
 
 
 if __name__ == "__main__":

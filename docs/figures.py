@@ -5,9 +5,9 @@ import ast
 import re
 
 DRAWS = re.compile(r"show_|draw|plot|contact_sheet|figure|curve|bars?$|chart|diagram|render|panel")
-MARKS = {"imshow": "image", "scatter": "scatter plot", "plot": "line plot", "semilogy": "line plot", "semilogx": "line plot",
-         "loglog": "line plot", "bar": "bar chart", "barh": "bar chart", "hist": "histogram", "matshow": "matrix",
-         "step": "line plot", "errorbar": "line plot with error bars", "fill_between": "line plot with bands"}
+MARKS = {"imshow": "image", "scatter": "scatter plot", "plot": "line plot", "semilogy": "line plot",
+         "semilogx": "line plot", "loglog": "line plot", "bar": "bar chart", "barh": "bar chart", "hist": "histogram",
+         "matshow": "matrix", "step": "line plot", "errorbar": "line plot with error bars", "fill_between": "line plot with bands"}
 PLAIN = [(r"^\$\$.*?\$\$", ""), (r"!?\[([^\]]*)\]\([^)]*\)", r"\1"), (r"\{[\w:]+\}`([^`<]+?)(?: <[^>]*>)?`", r"\1"),
          (r"\\le\b", "≤"), (r"\\ge\b", "≥"), (r"\\times\b|\\cdot\b", "×"), (r"\\hat (\w)", r"\1^"),
          (r"[`*$\\]|<[^>]+>", ""), (r"\s+", " ")]
@@ -51,9 +51,10 @@ def titles(found):
 
 def axes_labels(found):
     """"loss against step", where both axes are named in the code."""
-    named = {k.arg: literal(k.value) for _, call in found for k in call.keywords if k.arg in ("xlabel", "ylabel")}
-    named |= {name[4:]: literal(call.args[0]) for name, call in found if name in ("set_xlabel", "set_ylabel") and call.args}
-    return f"{named['ylabel']} against {named['xlabel']}" if all(named.get(axis) for axis in ("xlabel", "ylabel")) else ""
+    named = {word.arg: literal(word.value) for _, call in found for word in call.keywords}
+    named |= {name[4:]: literal(call.args[0]) for name, call in found if name.startswith("set_") and call.args}
+    both = named.get("xlabel") and named.get("ylabel")
+    return f"{named['ylabel']} against {named['xlabel']}" if both else ""
 
 
 def drawn_by(found):
