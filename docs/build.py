@@ -159,8 +159,8 @@ def stage(only=()):
         write_api(module, chapter)
     for name in PAGES:
         text = (DOCS / "pages" / f"{name}.md").read_text(encoding="utf-8")
-        text = re.sub(r"\]\((\w+)\.ipynb", lambda link: f"]({rooms.get(link[1], link[1])}.ipynb", text)  # as numbered now
-        (SRC / f"{name}.md").write_text(text, encoding="utf-8")
+        numbered = re.sub(r"\]\((\w+)\.ipynb", lambda link: f"]({rooms.get(link[1], link[1])}.ipynb", text)
+        (SRC / f"{name}.md").write_text(numbered, encoding="utf-8")
     for name in ["index", *chapters]:
         nb = read_nb(NBS / f"{name}.ipynb")
         Processors()(nb)

@@ -7,7 +7,8 @@ import re
 DRAWS = re.compile(r"show_|draw|plot|contact_sheet|figure|curve|bars?$|chart|diagram|render|panel")
 MARKS = {"imshow": "image", "scatter": "scatter plot", "plot": "line plot", "semilogy": "line plot",
          "semilogx": "line plot", "loglog": "line plot", "bar": "bar chart", "barh": "bar chart", "hist": "histogram",
-         "matshow": "matrix", "step": "line plot", "errorbar": "line plot with error bars", "fill_between": "line plot with bands"}
+         "matshow": "matrix", "step": "line plot", "errorbar": "line plot with error bars",
+         "fill_between": "line plot with bands"}
 PLAIN = [(r"^\$\$.*?\$\$", ""), (r"!?\[([^\]]*)\]\([^)]*\)", r"\1"), (r"\{[\w:]+\}`([^`<]+?)(?: <[^>]*>)?`", r"\1"),
          (r"\\le\b", "≤"), (r"\\ge\b", "≥"), (r"\\times\b|\\cdot\b", "×"), (r"\\hat (\w)", r"\1^"),
          (r"[`*$\\]|<[^>]+>", ""), (r"\s+", " ")]

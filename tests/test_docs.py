@@ -33,7 +33,8 @@ def faults(folder, body, **files):
 
 
 GOOD = """<a href="https://example.org/a#b">out</a> <a href="#here">down</a>
-<a href="other.html#there">on</a> <a href="other.html?q=1">on</a> <a href="mailto:a@example.org">write</a> <a href="#">top</a> <a href="index.html">home</a>
+<a href="other.html#there">on</a> <a href="other.html?q=1">on</a>
+<a href="mailto:a@example.org">write</a> <a href="#">top</a> <a href="index.html">home</a>
 <h2 id="here">Here</h2> <img src="dot.png" alt="A dot"> <img src="data:image/gif;base64,AAAA" alt="A dot">
 <link rel="canonical" href="https://example.org/"> <link rel="stylesheet" href="look.css?v=1">
 <script>const docs = "https://example.org/not-fetched";</script>"""
