@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env train test bench docs export clean
+.PHONY: help env train test bench docs browse export clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,10 +31,14 @@ test: $(VENV)/.installed  ## run the tests and every notebook
 bench: $(VENV)/.installed  ## run every benchmark and print its ratios
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
-docs: $(VENV)/.installed-docs  ## build the book: docs/_build/html/index.html
+docs: $(VENV)/.installed-docs  ## build the book and check it: docs/_build/html/index.html
 	$(BIN)/python docs/build.py $(ARGS)
 
+browse: $(VENV)/.installed-docs  ## try the built book in a browser, every page of it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) docs/tests $(ARGS)
+
 export: $(VENV)/.installed  ## write ferret_lite/*.py and README.md from the notebooks, then clean those
+	$(BIN)/python docs/colab.py
 	$(BIN)/nbdev-export
 	$(BIN)/python docs/readme.py
 	$(BIN)/nbdev-clean

@@ -1,14 +1,12 @@
-"""Build the book: nbs/*.ipynb -> docs/_src (MyST notebooks and API pages) -> Sphinx -> docs/_build/html.
+"""Build the book: nbs/*.ipynb -> docs/_src (MyST notebooks and API pages) -> Sphinx -> docs/_build/html, then check it.
 
+`python docs/build.py 04_sampler 03_points` builds a draft of these pages alone, unchecked, in docs/_build/draft.
 Needs npm once, to fetch MathJax; the pages themselves ask nothing of the network."""
 import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
-import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -17,11 +15,15 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.processors import FilterDefaults, clean_magics, filter_stream_, hide_, hide_line, strip_ansi
 
 import ferret_lite
+from check import check_site
 from ferret_lite._modidx import d as index
+from figures import alt_text, has_picture, last_heading
+from repair import repair_site
+from vendor import fetch_mathjax
 
 DOCS = Path(__file__).resolve().parent
 NBS, SRC, BUILD = DOCS.parent / "nbs", DOCS / "_src", DOCS / "_build"
-MATHJAX = "mathjax@3.2.2"
+PAGES = sorted(path.stem for path in (DOCS / "pages").glob("*.md"))  # no code; they link to chapters without numbers
 PARTS = {  # the sidebar; a chapter that no part names comes last
     "Regions": "coords regions points sampler",
     "Files and pictures": "files captions plotting records",
@@ -30,12 +32,14 @@ PARTS = {  # the sidebar; a chapter that no part names comes last
     "Apple's checkpoints": "weights clip official conversion",
     "The embedded world": "scenes textures tasks world relations talks world_tasks",
     "Annotations": "annotated sources corpora genome released",
-    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards grit grit_commands grit_examples",
+    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards "
+                        "grit grit_commands grit_examples",
     "Batches": "targets stages examples recorded rows data",
-    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions evaluate bench world_bench report",
+    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions "
+              "evaluate bench world_bench report",
     "Training": "optim losses lora checkpoints training",
     "Using it": "ask evaluate_cli demo cli",
-    "Guides": "paper_or_code backbones seven_billion",
+    "Guides": "paper_or_code backbones seven_billion bibliography",
 }
 
 
@@ -67,7 +71,7 @@ class ToMyst:
     options = re.compile(r"^\s*#\|\s*([\w-]+)\s*:\s*(.*?)\s*$\n?", re.M)
 
     def __init__(self, nb):
-        self.nb = nb
+        self.nb, self.heading, self.prose = nb, "", ""
 
     def begin(self):
         cells = [new for cell in self.nb.cells for new in self.convert(cell)]
@@ -77,8 +81,10 @@ class ToMyst:
         """One cell -> the cells that stand for it in the book."""
         if cell.cell_type == "raw":
             front = self.nb.frontmatter_
+            self.heading, self.prose = front["title"], front["description"]
             return [mk_cell(f"# {front['title']}\n\n*{link_symbols(front['description'])}*", "markdown")]
         if cell.cell_type == "markdown":
+            self.heading, self.prose = last_heading(cell.source) or self.heading, cell.source
             cell.source = link_symbols(cell.source)
             return [cell]
         options = dict(self.options.findall(cell.source))
@@ -86,9 +92,12 @@ class ToMyst:
         if not cell.source:
             return []
         exported = {"export", "exporti", "exports"} & cell.directives_.keys()
-        cell.metadata = {"tags": cell_tags(options, exported)}
+        cell.metadata = {"tags": cell_tags(options, exported), "mystnb": {}}
         if "code-summary" in options:
-            cell.metadata["mystnb"] = {"code_prompt_show": options["code-summary"].strip("\"'")}
+            cell.metadata["mystnb"]["code_prompt_show"] = options["code-summary"].strip("\"'")
+        if has_picture(cell):
+            alt = options.get("fig-alt", "").strip("\"'") or alt_text(cell.source, self.heading, self.prose)
+            cell.metadata["mystnb"]["image"] = {"alt": alt}
         return [cell, *(api_links(cell.source) if exported else [])]
 
 
@@ -120,7 +129,7 @@ def toctree(caption, pages):
 
 def contents(chapters, modules):
     """The tables of contents of the whole book, as one cell."""
-    room = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
+    room = {chapter.split("_", 1)[1]: chapter for chapter in chapters} | {page: page for page in PAGES}
     parts = {caption: [room.pop(name) for name in names.split() if name in room] for caption, names in PARTS.items()}
     parts["More"] = list(room.values())
     parts["Reference"] = [f"api/{module}" for module in modules]
@@ -130,22 +139,28 @@ def contents(chapters, modules):
 def write_api(module, chapter):
     """One API page, filled by autodoc; conf.py adds the parameters' comments."""
     name = f"ferret_lite.{module}"
-    import_module(name)  # a clearer error than autodoc's warning
+    names = vars(import_module(name))  # a clearer error than autodoc's warning
+    elsewhere = [n for n in names.get("__all__", []) if getattr(names.get(n), "__module__", name) != name]
     text = f"# {name}\n\nChapter: [{module}](../{chapter}.ipynb)\n\n"
-    text += f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n```\n"
+    text += f"```{{eval-rst}}\n.. automodule:: {name}\n   :members:\n"
+    text += f"   :exclude-members: {', '.join(elsewhere)}\n```\n" if elsewhere else "```\n"
     (SRC / "api" / f"{module}.md").write_text(text, encoding="utf-8")
 
 
-def stage():
-    """Write docs/_src anew."""
+def stage(only=()):
+    """Write docs/_src anew: the whole book, or `only` some notebooks, then without the reference."""
     shutil.rmtree(SRC, ignore_errors=True)
     (SRC / "api").mkdir(parents=True)
     os.chdir(NBS)  # nbdev looks for its options from here upwards
-    chapters = sorted(path.stem for path in NBS.glob("[0-9]*.ipynb"))
+    chapters = sorted(path.stem for path in NBS.glob("[0-9]*.ipynb") if not only or path.stem in only)
     rooms = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
-    modules = {room: chapter for room, chapter in rooms.items() if f"ferret_lite.{room}" in index["syms"]}
+    modules = {room: chapter for room, chapter in rooms.items() if f"ferret_lite.{room}" in index["syms"] and not only}
     for module, chapter in modules.items():
         write_api(module, chapter)
+    for name in PAGES:
+        text = (DOCS / "pages" / f"{name}.md").read_text(encoding="utf-8")
+        numbered = re.sub(r"\]\((\w+)\.ipynb", lambda link: f"]({rooms.get(link[1], link[1])}.ipynb", text)
+        (SRC / f"{name}.md").write_text(numbered, encoding="utf-8")
     for name in ["index", *chapters]:
         nb = read_nb(NBS / f"{name}.ipynb")
         Processors()(nb)
@@ -154,33 +169,31 @@ def stage():
         write_nb(nb, SRC / f"{name}.ipynb")
 
 
-def fetch_mathjax():
-    """MathJax as one local folder, so that the pages' formulas need no network."""
-    target = BUILD / "vendor" / "mathjax"
-    if (target / "tex-svg.js").exists():
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run(["npm", "pack", "--silent", MATHJAX], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
-            sys.exit(f"docs: cannot fetch {MATHJAX} ({error}). Install npm and let it reach its registry, or put "
-                     f"tex-svg.js and input/ of that package's es5/ folder into {target}")
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
-            package.extractall(folder, filter="data")
-        source = Path(folder) / "package" / "es5"
-        shutil.copytree(source / "input" / "tex" / "extensions", target / "input" / "tex" / "extensions")
-        shutil.copy(source / "tex-svg.js", target)  # last: its presence means that all is there
+def build(html, options):
+    """Run Sphinx over docs/_src and mend its pages; the notebooks that they offer for download are those of nbs/."""
+    from sphinx.cmd.build import main as sphinx_build
+    shutil.rmtree(html, ignore_errors=True)  # else pages of chapters that are gone stay
+    status = sphinx_build(["-q", "--keep-going", "-E", "-c", str(DOCS), "-d", str(BUILD / "doctrees"),
+                           *options, str(SRC), str(html)])
+    for path in (html / "_sources").glob("*.ipynb"):
+        shutil.copy(NBS / path.name, path)
+    repair_site(html)
+    return status
 
 
 def main():
-    from sphinx.cmd.build import main as sphinx_build
+    options = [arg for arg in sys.argv[1:] if arg.startswith("-")]
+    only = [Path(arg).stem for arg in sys.argv[1:] if not arg.startswith("-")]
+    if missing := [name for name in only if not (NBS / f"{name}.ipynb").exists()]:
+        sys.exit(f"docs: no notebook nbs/{missing[0]}.ipynb; give names such as 04_sampler, or none for the whole book")
     fetch_mathjax()
-    stage()
-    html = BUILD / "html"
-    status = sphinx_build(["-q", "-W", "--keep-going", "-E", "-c", str(DOCS), "-d", str(BUILD / "doctrees"),
-                           *sys.argv[1:], str(SRC), str(html)])
-    print(f"docs: {'failed' if status else f'see {html}/index.html'}")
-    return status
+    stage(only)
+    html = BUILD / ("draft" if only else "html")
+    draft = ["-D", "suppress_warnings=myst.header,myst.xref_missing"]  # links to the pages that are left out
+    status = build(html, [*(draft if only else ["-W"]), *options])
+    faults = [] if only else check_site(html)
+    print(*faults, f"docs: {'failed' if status or faults else f'see {html}/index.html'}", sep="\n")
+    return bool(status or faults)
 
 
 if __name__ == "__main__":

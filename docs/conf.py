@@ -42,12 +42,18 @@ html_theme = "sphinx_book_theme"
 html_title = cfg["lib_name"]
 html_static_path = [str(HERE / "_static"), str(HERE / "_build" / "vendor")]
 html_css_files = ["custom.css"]
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is, until the button is pressed
 html_theme_options = {
     "repository_url": cfg["git_url"],
     "repository_branch": cfg["branch"],
     "path_to_docs": "nbs",
     "use_repository_button": True,
     "use_download_button": True,
+    "launch_buttons": {  # plain links; each notebook's first cell, hidden here, installs the package in Colab
+        "colab_url": "https://colab.research.google.com",
+        "binderhub_url": "https://mybinder.org",
+        "notebook_interface": "jupyterlab",
+    },
     "home_page_in_toc": True,
     "show_toc_level": 2,
     "navbar_persistent": [],
@@ -80,5 +86,12 @@ def add_comments(app, what, name, obj, options, lines):
     lines += ["", *fields, ""] if fields else []
 
 
+def add_figures(app, pagename, templatename, context, doctree):
+    """The script of a figure to play with, on the pages that have one."""
+    if 'class="sampler-figure"' in context.get("body", ""):
+        app.add_js_file("sampler.js", loading_method="defer")
+
+
 def setup(app):
+    app.connect("html-page-context", add_figures)
     app.connect("autodoc-process-docstring", add_comments, priority=400)  # before napoleon
