@@ -19,7 +19,8 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["configs/*.yaml", "configs/*/*.yaml"]},  # ferret_lite/configs is a link to configs/
+    package_data={cfg["lib_path"]: ["configs/*.yaml", "configs/*/*.yaml",  # ferret_lite/configs is a link to configs/
+                                    "tiny/*"]},  # the tiny Ferret that ships
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "docs", "grit", "captions", "lora")},

@@ -37,7 +37,7 @@ PARTS = {  # the sidebar; a chapter that no part names comes last
     "Batches": "targets stages examples recorded rows data",
     "Scores": "metrics predictions flickr world_scores captioning scorers answering questions "
               "evaluate bench world_bench report",
-    "Training": "optim losses lora checkpoints training",
+    "Training": "optim losses lora checkpoints training shipped",
     "Using it": "ask evaluate_cli demo cli",
     "Guides": "paper_or_code backbones seven_billion bibliography",
 }

@@ -47,13 +47,13 @@ class FerretConfig(PreTrainedConfig):
             raise ValueError(f"vision_feature_select_strategy {strategy!r}: use 'default' or 'full'")
         super().__post_init__(**kwargs)
 
-# %% ../nbs/16_config.ipynb #83b2bae9
+# %% ../nbs/16_config.ipynb #0eb445e8
 class UnconvertedConfig(PreTrainedConfig):
     """Stands for Apple's own format, so that the Auto classes can say what to do with it."""
     model_type = "ferret"
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs): raise ValueError(UNCONVERTED)
+    def from_dict(cls, config_dict, **kwargs): raise OSError(UNCONVERTED)  # AutoProcessor passes over a ValueError
 
 
 AutoConfig.register("ferret_lite", FerretConfig, exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_shares', 'check_source', 'FerretDataModule']
 
-# %% ../nbs/51_data.ipynb #6df0fcad
+# %% ../nbs/51_data.ipynb #574e3d3a
 from typing import Any, Literal
 
 import lightning as L
@@ -21,7 +21,7 @@ from .rows import TrainingDataset, tiny_processor
 from .stages import Stage, StageBatches
 from .talks import WORLD_MIX, WORLD_TASKS, world_texts
 from .tasks import FORMS, MIX, TASKS, WORLD_NAMES, dataset_texts
-from .world import WORLD_COLORS, WORLD_SHAPES
+from .world import FILLS, SIZES, WORLD_COLORS, WORLD_SHAPES
 from .world_tasks import WorldExamples
 
 # %% ../nbs/51_data.ipynb #33d60010
@@ -49,7 +49,7 @@ def check_source(format, root, splits, augment, processor):
         raise ValueError("format 'records' needs a tokenizer: name a trained Ferret, or pretrained parts, in "
                          "data.processor")
 
-# %% ../nbs/51_data.ipynb #53ad4770
+# %% ../nbs/51_data.ipynb #e65bd10a
 class FerretDataModule(L.LightningDataModule):
     """Batches for training, held-out questions for validation and test.
 
@@ -121,7 +121,7 @@ class FerretDataModule(L.LightningDataModule):
 
     def names(self):
         """Names of things, whose words the patches shall show."""
-        fixed = {"scenes": WORLD_NAMES, "world": [*WORLD_COLORS, *WORLD_SHAPES], "records": []}
+        fixed = {"scenes": WORLD_NAMES, "world": [*SIZES, *FILLS, *WORLD_COLORS, *WORLD_SHAPES], "records": []}
         return fixed[self.format] if self.format in fixed else self.train_examples.names
 
     def examples(self, part):
@@ -140,8 +140,9 @@ class FerretDataModule(L.LightningDataModule):
         if self.format == "records":
             root = "" if hasattr(examples, "index") and hasattr(examples, "folder") else self.root
             return RecordDataset(examples, self.processor, self.max_length, root, self.pack, self.seed)
+        unsaid = (*SIZES, *FILLS) if self.format == "world" else ()  # a disc is seldom called a small plain one
         return TrainingDataset(examples, self.processor, self.stages, self.words, self.grid, self.max_length, self.mix,
-                               self.forms, self.augment, self.seed)
+                               self.forms, self.augment, self.seed, unsaid)
 
     def train_dataloader(self):
         """Batches from the trainer's step on: a resumed run sees what an unbroken one would see."""

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'TASKS', 'answer_benchmark', 'print_scores', 'score_and_print', 'bench_command', 'report_command',
            'evaluate_command', 'check_words', 'open_model']
 
-# %% ../nbs/69_evaluate_cli.ipynb #20d76823
+# %% ../nbs/69_evaluate_cli.ipynb #db462702
 import json as json_
 import os
 import sys
@@ -20,7 +20,7 @@ from .chats import ChatSettings
 from .data import FerretDataModule
 from .evaluate import report, write_scores, write_text
 from .metrics import score_markdown, score_table
-from .model import load_model
+from .model import SHIPPED, load_model
 from .questions import DESCRIBE, benchmark_questions
 from .scorers import score_files, truth_files
 from .world_bench import world_bench
@@ -101,7 +101,7 @@ def report_command(folder, loaded, out, data, format, splits, num, seed, part, f
     print_scores(scores, title)
     print(f"the page: {out}/report.md; all answers: {out}/answers.jsonl")
 
-# %% ../nbs/69_evaluate_cli.ipynb #cd3c146b
+# %% ../nbs/69_evaluate_cli.ipynb #6689e302
 TASKS = Literal["report", "rec", "flickr", "lvis", "pope", "caption", "detect", "bench"]
 
 
@@ -127,7 +127,7 @@ def evaluate_command(
         rule: how Ferret's bins become pixels: as the release reads them, or their centres.
         entities: flickr: the folder with Sentences and Annotations; default: flickr30k beside the annotations.
         words: caption: also CIDEr, BLEU-4 and METEOR (needs the extra "captions").
-        model: a folder that training saved; default: the newest runs/*/model.
+        model: a folder that training saved; default: the tiny Ferret that ships.
         data: what the model is asked: the benchmark's file, or a folder of such files; of report: the photographs.
         images: folder of the benchmark's images; default: beside the file.
         out: folder for a model's answers, scores and pictures.
@@ -159,7 +159,7 @@ def evaluate_command(
         predictions = answer_benchmark(task, data, images, loaded, out, region, question, **settings)
         if first: score_and_print(task, annotations or data, predictions, protocol, json, **scoring)
 
-# %% ../nbs/69_evaluate_cli.ipynb #3013d6c4
+# %% ../nbs/69_evaluate_cli.ipynb #3fa90e60
 def check_words(task, annotations, predictions, data, out, format):
     """Raise `ValueError` for a call that says too little or two things."""
     if predictions is None and out is None:
@@ -177,8 +177,7 @@ def check_words(task, annotations, predictions, data, out, format):
 def open_model(folder):
     """The folder's name, and model and processor; where there are GPUs, each process takes one."""
     import torch
-    from ferret_lite.ask import newest_model
-    folder = folder or newest_model()
+    folder = folder or SHIPPED
     model, processor = load_model(folder)
     gpus = torch.cuda.device_count()
     if gpus: model = model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}")

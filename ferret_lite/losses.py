@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from einops import rearrange
 
-# %% ../nbs/64_losses.ipynb #eb873df1
+# %% ../nbs/64_losses.ipynb #38dd324b
 class DenseHead(nn.Module):
     """What each patch shows: the words of its object's name, its box as numbers and as places on a ruler of 100.
 
@@ -52,12 +52,12 @@ class DenseHead(nn.Module):
         self,
         regions,         # `(r, d_lm)` of the sampler
         word_embeddings, # `(w, d_lm)`
-        words,           # `(r, w)` float, see `region_words`
+        words,           # `(r, w)` float, -1 where unknown, see `region_words`
     ):                   # scalar loss
         """The same words for regions; those without a name do not count."""
-        named = words.amax(-1, keepdim=True) > 0                                               # (r, 1)
+        known = (words.amax(-1, keepdim=True) > 0) & (words >= 0)                              # (r, w)
         losses = F.binary_cross_entropy_with_logits(self.word_logits(regions, word_embeddings), words, reduction="none")
-        return (losses * named).sum() / named.sum().clamp(min=1)
+        return (losses * known).sum() / known.any(-1).sum().clamp(min=1)
 
 # %% ../nbs/64_losses.ipynb #50f5fc22
 def vocabulary_weights(

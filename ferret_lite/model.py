@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FerretPreTrainedModel', 'FerretModel', 'FerretForConditionalGeneration', 'answer', 'save_model', 'load_model']
 
-# %% ../nbs/17_model.ipynb #a3210e51
+# %% ../nbs/17_model.ipynb #f60ee47c
 import math
 from pathlib import Path
 from shutil import copyfile
@@ -21,7 +21,7 @@ from . import vision  # noqa: F401  its encoder is registered with the Auto clas
 from .config import FerretConfig, UNCONVERTED
 from .files import write_atomic
 from .points import bilinear_features
-from .processor import FerretProcessor
+from .processor import SHIPPED, FerretProcessor
 from .sampler import build_sampler
 from .splice import packed_attention_mask, scatter_features
 
@@ -123,7 +123,7 @@ class FerretModel(FerretPreTrainedModel):
         regions = None if region_points is None else self.get_region_features(maps, region_points, region_mask)
         return self.mm_projector(features), regions
 
-# %% ../nbs/17_model.ipynb #69955887
+# %% ../nbs/17_model.ipynb #c658c8c1
 class FerretForConditionalGeneration(FerretModel, GenerationMixin):
     """Image, text and regions in, text with boxes out.
 
@@ -132,6 +132,11 @@ class FerretForConditionalGeneration(FerretModel, GenerationMixin):
         super().__init__(config)
         self.generation_config.suppress_tokens = [config.region_token_id, *(  # they stand in questions alone
             [config.image_token_id] if config.image_token_id < config.text_config.vocab_size else [])]
+
+    @classmethod
+    def tiny(cls):
+        """The Ferret that ships with the package, ready to answer; `FerretProcessor.tiny()` is its processor."""
+        return cls.from_pretrained(SHIPPED).eval()
 
     def forward(
         self,
@@ -178,15 +183,17 @@ def answer(
 AutoModelForImageTextToText.register(FerretConfig, FerretForConditionalGeneration)
 AutoProcessor.register(FerretConfig, FerretProcessor)
 
-# %% ../nbs/17_model.ipynb #4122796a
+# %% ../nbs/17_model.ipynb #be6e03be
 def save_model(
     model,     # a `FerretForConditionalGeneration`
     processor, # its `FerretProcessor`
     folder,    # is replaced if it is there
+    **options, # of `save_pretrained`, such as another `state_dict`
 ):
     """Write model and processor as one transformers folder, which is whole or not there."""
     with write_atomic(folder) as part:
-        model.save_pretrained(part)
+        model.save_pretrained(part, **options)
+        for weights in part.glob("*.safetensors"): weights.chmod(0o644)  # safetensors writes for its owner alone
         processor.save_pretrained(part)
         sentencepiece = getattr(processor.tokenizer, "vocab_file", None) or ""  # LLaMA's own file: others read no other
         if sentencepiece.endswith(".model") and Path(sentencepiece).is_file():
@@ -194,8 +201,8 @@ def save_model(
 
 
 def load_model(
-    folder, # as `save_model` writes it
-):          # `FerretForConditionalGeneration` ready to answer, `FerretProcessor`
+    folder=SHIPPED, # as `save_model` writes it; without one, the tiny Ferret that ships with the package
+):                  # `FerretForConditionalGeneration` ready to answer, `FerretProcessor`
     """Open a saved model: safetensors only, so that no code in it can run. Every fault is one error with the folder."""
     folder = Path(folder)
     config = folder/"config.json"

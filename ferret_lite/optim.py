@@ -22,7 +22,7 @@ def orthogonalize(
         x = torch.baddbmm(x, gram, x, beta=3.4445)
     return x
 
-# %% ../nbs/63_optim.ipynb #c11e2bf1
+# %% ../nbs/63_optim.ipynb #8d91d3f1
 class Muon(torch.optim.AdamW):
     """AdamW, but groups with `muon` > 0 hold matrices and move along their orthogonalised momentum."""
     def __init__(
@@ -30,10 +30,12 @@ class Muon(torch.optim.AdamW):
         params,               # groups as everywhere; `muon` in a group: its learning rate, in units of AdamW's
         momentum:float=0.95,
         ns_steps:int=5,       # see `orthogonalize`
+        ns_dtype:torch.dtype=torch.float32, # of its products; bfloat16 where the processor is faster in it
         **options,            # of AdamW
     ):
         super().__init__(params, **options)
-        self.momentum, self.ns_steps = momentum, ns_steps
+        self.momentum, self.ns_steps, self.ns_dtype = momentum, ns_steps, ns_dtype
+        self._step_supports_amp_scaling = False  # bfloat16 needs no loss scale, so gradients may be clipped
 
     def add_param_group(self, group):
         """As everywhere. Raises `ValueError` if a group with `muon` holds anything but matrices."""
@@ -67,7 +69,7 @@ class Muon(torch.optim.AdamW):
             gradients, lr = [p.grad for p in weights], group["lr"] * group["muon"]
             torch._foreach_lerp_(means, gradients, 1 - self.momentum)
             ahead = torch.stack(torch._foreach_lerp(gradients, means, self.momentum))  # (n, a, c)
-            moves = orthogonalize(ahead, self.ns_steps).unbind()
+            moves = orthogonalize(ahead.to(self.ns_dtype), self.ns_steps).to(ahead.dtype).unbind()
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
             torch._foreach_add_(weights, moves, alpha=-lr * 0.2 * max(shape) ** 0.5)
             for p in weights: p.grad = None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'RANKS', 'SAME', 'PREDICATES', 'ATTRIBUTES', 'NUMBERS', 'Thing', 'from_world', 'plural', 'full_name', 'named',
-           'relation_table', 'Expression', 'Facts', 'fitting', 'own_phrases', 'deny', 'closest_relation', 'same_pairs',
-           'counts_of']
+           'relation_table', 'Expression', 'Facts', 'fitting', 'own_phrases', 'brief_phrases', 'deny',
+           'closest_relation', 'same_pairs', 'counts_of']
 
 # %% ../nbs/27_relations.ipynb #886738de
 from collections import Counter
@@ -84,7 +84,7 @@ class Expression(NamedTuple):
     target: int|None # Index of the only object that it fits; None: it fits none
     needed: bool     # The head alone would not do: it fits several (of a negative: it fits one)
 
-# %% ../nbs/27_relations.ipynb #7fac4342
+# %% ../nbs/27_relations.ipynb #f23025c8
 class Facts:
     "Everything that is true of the relations in one image, worked out when it is asked for."
     def __init__(self, things:list[Thing]):
@@ -94,7 +94,7 @@ class Facts:
 
     def anchor(self, predicate:str, j:int)->str:
         'What the object at the far end is called; its colour must not give "of the same color" away.'
-        return f"the {self.things[j].shape if predicate == SAME else self.things[j].name}"
+        return f"the {self.things[j].shape if predicate == SAME else own_phrases(self.things, j)[0]}"
 
     def clause(self, predicate:str, j:int)->str:
         '"left of the red ring".'
@@ -134,7 +134,7 @@ class Facts:
                            bool(others[h, j] > 1 if count else others[h, j] == 1))
                 for h, j in np.argwhere(right).tolist()]
 
-# %% ../nbs/27_relations.ipynb #af26dd93
+# %% ../nbs/27_relations.ipynb #2657fa5a
 def fitting(
     things:list[Thing],
     phrase:str,         # Attributes in any order: "striped red disc"
@@ -143,10 +143,16 @@ def fitting(
     return [i for i, t in enumerate(things) if set(phrase.split()) <= set(t.words)]
 
 def own_phrases(things:list[Thing], i:int)->list[str]:
-    "Colour and shape, alone and with size or fill, as far as they fit this object only; its name comes first."
+    "Its name, alone and with size or fill, as far as they fit this object only. In the full world one always does."
     t = things[i]
-    others = [f"{word}{t.color} {t.shape}" for word in ("", f"{t.size} ", f"{t.fill} ")]
-    return [t.name, *(p for p in others if p != t.name and len(fitting(things, p)) == 1)]
+    phrases = [t.name, f"{t.size} {t.name}", f"{t.fill} {t.name}"]
+    return [p for p in phrases if len(fitting(things, p)) == 1]
+
+def brief_phrases(things:list[Thing], i:int)->list[str]:
+    "The shape alone and the colour alone, as far as they fit this object only: \"disc\", \"red thing\"."
+    t = things[i]
+    return [phrase for word, phrase in ((t.shape, t.shape), (t.color, f"{t.color} thing"))
+            if len(fitting(things, word)) == 1]
 
 def deny(
     things:list[Thing],

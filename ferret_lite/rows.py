@@ -59,7 +59,7 @@ def encode_fitting(
         if not usable: raise
         return encode(usable, rng)
 
-# %% ../nbs/50_rows.ipynb #b2c71929
+# %% ../nbs/50_rows.ipynb #647a4e45
 class TrainingDataset(KeyedDataset):
     """Batches of what is drawn about annotated images."""
     def __init__(
@@ -74,9 +74,10 @@ class TrainingDataset(KeyedDataset):
         forms=FORMS,   # form of a mention -> share
         augment="none",# "mirror" crops and mirrors, "any" also turns upside down
         seed=0,
+        unsaid=(),     # words that an answer may leave out though they are true, see `region_words`
     ):
         super().__init__(examples, seed)
-        self.processor, self.stages, self.words, self.grid = processor, stages, words, grid
+        self.processor, self.stages, self.words, self.grid, self.unsaid = processor, stages, words, grid, unsaid
         self.max_length, self.mix, self.forms, self.augment = max_length, mix, forms, augment
         self.with_pixels = PixelCache()
 
@@ -91,7 +92,7 @@ class TrainingDataset(KeyedDataset):
         image, dense = open_image(example.image), dense_targets(example, self.words, self.grid)
         if self.stages[stage_at(self.stages, step)[0]].loss == "dense": return image, None, dense
         *encoded, dialogues = encode_fitting(self.processor, image, self._stream(example, rng), rng, self.max_length)
-        dense["region_words"] = region_words(dialogues, encoded[0].region_refs, self.words)
+        dense["region_words"] = region_words(dialogues, encoded[0].region_refs, self.words, self.unsaid)
         return image, encoded, dense
 
     def _stream(self, example, rng):

@@ -6,7 +6,7 @@
 __all__ = ['WORLD_TEMPLATES', 'WORLD_TASKS', 'WORLD_MIX', 'WRITERS', 'pick_share', 'Talk', 'trees', 'usually', 'world_items',
            'locate_thing', 'relate', 'compare', 'list_related', 'world_texts', 'world_words']
 
-# %% ../nbs/28_talks.ipynb #290fba2a
+# %% ../nbs/28_talks.ipynb #2bb3887e
 import re
 from collections.abc import Iterator
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from .records import Dialogue, Turn
 from .regions import Box
-from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, Facts, closest_relation, counts_of, deny, full_name,
-                                   named, own_phrases, plural, same_pairs)
+from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, Facts, brief_phrases, closest_relation, counts_of,
+                                   deny, full_name, named, own_phrases, plural, same_pairs)
 from .tasks import HYBRID, TEMPLATES, capital, draw_region
 
 # %% ../nbs/28_talks.ipynb #5b552d2d
@@ -39,7 +39,7 @@ WORLD_MIX = {"refer": .18, "locate": .15, "relate": .19, "exists": .09, "exists_
              "describe_region": .06, "same": .06, "which": .05, "count": .04, "count_only": .02, "compound": .02,
              "chat": .03}
 
-# %% ../nbs/28_talks.ipynb #c3c3dd07
+# %% ../nbs/28_talks.ipynb #cde83458
 def pick_share(shares, rng):
     "One key of a dict of shares."
     edges = np.cumsum(list(shares.values()))
@@ -130,9 +130,10 @@ def world_items(
     if task not in WORLD_TASKS: raise ValueError(f"unknown task {task!r}: use one of {', '.join(WORLD_TASKS)}")
     return list(range(n))
 
-# %% ../nbs/28_talks.ipynb #c7c4d79e
+# %% ../nbs/28_talks.ipynb #dc39ff8d
 def locate_thing(talk, i):
-    what = talk.choose(own_phrases(talk.things, i)) if talk.train else talk.things[i].name
+    phrases = own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train
+    what = talk.choose(phrases) if talk.train else phrases[0]
     talk.say("locate", f"the {talk.things[i].name} {talk.box(i)}", what=f"the {what}")
 
 def relate(talk, e):
@@ -140,7 +141,8 @@ def relate(talk, e):
     talk.say("locate", f"the {talk.things[e.target].name} {talk.box(e.target)}", what=what)
 
 def _exists(talk, i):
-    phrase = deny(talk.things, talk.rng) if i is None else talk.choose(own_phrases(talk.things, i))
+    phrase = deny(talk.things, talk.rng) if i is None else \
+        talk.choose(own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train)
     answer = f"no, there is no {phrase}" if i is None else f"yes, {named(talk.things[i].name)} {talk.box(i)}"
     talk.say("exists", answer, what=named(phrase))
 
@@ -178,7 +180,7 @@ def _count_only(talk, item): talk.say("count_only", NUMBERS[len(item[1])], what=
 WRITERS = dict(locate=locate_thing, relate=relate, exists=_exists, exists_relation=_exists_relation, same=compare,
                which=list_related, describe_region=_describe_region, count=_count, count_only=_count_only)
 
-# %% ../nbs/28_talks.ipynb #0a64df1f
+# %% ../nbs/28_talks.ipynb #16d11803
 def world_texts()->Iterator[str]:
     "Sentences with every word that the tasks can say, coordinates written out: to train a tokenizer."
     box = "[012, 345, 678, 999]"

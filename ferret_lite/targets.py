@@ -33,7 +33,7 @@ def patch_labels(
     counts = np.stack([(cells == i).sum((1, 3)) for i in range(len(objects))])   # (o, grid, grid)
     return np.where(counts.max(0) >= detail * detail // 20, counts.argmax(0), -1)
 
-# %% ../nbs/46_targets.ipynb #5c8dbab5
+# %% ../nbs/46_targets.ipynb #24936245
 def dense_targets(
     example, # an `Annotated`
     words,   # list of the words that names are made of
@@ -43,21 +43,23 @@ def dense_targets(
     def by_patch(table): # `(o, ...)` of the objects -> `(p, ...)`; label -1 picks the row of zeros at the end
         return torch.from_numpy(np.concatenate([table, np.zeros_like(table, shape=(1, *table.shape[1:]))])[labels])
     labels = patch_labels(example, grid).ravel()                                     # (p,)
-    names, size = [o.name.split() for o in example.objects], np.array([example.width, example.height] * 2)
+    names, size = [o.words for o in example.objects], np.array([example.width, example.height] * 2)
     boxes = np.array([o.box for o in example.objects], dtype=np.float64).reshape(-1, 4)
     shown = np.array([[w in name for w in words] for name in names], dtype=np.float32).reshape(-1, len(words))
     places = quantize(boxes, example.width, example.height, num_bins=100)            # (o, 4) a bin's first two digits
     return {"words": by_patch(shown), "boxes": by_patch((boxes / size).astype(np.float32)), "places": by_patch(places)}
 
-# %% ../nbs/46_targets.ipynb #ad4d3bf1
+# %% ../nbs/46_targets.ipynb #3fb97479
 def region_words(
     dialogues, # list of `Dialogue`
     refs,      # (dialogue, region) of each region token, see `prompt.Encoded`
     words,     # list of the words that names are made of
-):             # `(r, w)` float, 1 for each word of the region's name; zeros where the answer does not name it
+    unsaid=(), # words that a name may leave out though they are true, such as sizes
+):             # `(r, w)` float: 1 for a word of the region's name, -1 where the answer leaves it open, 0 for others
     """The words that the answers call the regions by."""
     def said(dialogue): return dialogue.turns[1].text.rstrip(".").split() if dialogue.task.startswith("refer") else ()
-    rows = [[word in said(dialogues[d]) for word in words] for d, _ in refs]
+    def value(word, answer): return 1.0 if word in answer else -1.0 if word in unsaid else 0.0
+    rows = [[value(word, said(dialogues[d])) for word in words] for d, _ in refs]
     return torch.tensor(rows, dtype=torch.float32).view(len(refs), len(words))
 
 # %% ../nbs/46_targets.ipynb #5693ff23

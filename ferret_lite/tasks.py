@@ -21,7 +21,7 @@ from .records import Dialogue, Turn
 from .regions import Box, FreeForm, Point, Region
 from .scenes import COLORS, SHAPES, Scene
 
-# %% ../nbs/25_tasks.ipynb #b849e660
+# %% ../nbs/25_tasks.ipynb #9b9e25a1
 class AnnotatedObject:
     "One labelled object of an image: what every task is made from."
     def __init__(self,
@@ -31,6 +31,11 @@ class AnnotatedObject:
         ignore:bool=False, # Present but never asked about: crowds (COCO), difficult objects (VOC)
     ):
         self.name, self.box, self._mask, self.ignore = name, tuple(float(v) for v in box), mask, ignore
+
+    @property
+    def words(self)->tuple:
+        "What its patches shall show: the words of its name."
+        return tuple(self.name.split())
 
     @property
     def mask(self)->np.ndarray|None: # `(h, w)` bool, or None where there is no mask or an empty one
@@ -45,7 +50,7 @@ def from_scene(scene:Scene)->list[AnnotatedObject]:
     return [AnnotatedObject(o.name, o.box, partial(np.equal, scene.label_map, i + 1))
             for i, o in enumerate(scene.objects)]
 
-# %% ../nbs/25_tasks.ipynb #f2397181
+# %% ../nbs/25_tasks.ipynb #62f88e89
 TEMPLATES = {
     "refer": ("What is {region}?", "Name the object {region}.", "Which object do you see at {region}?"),
     "locate": ("Where is the {name}?", "Find the {name}.", "What is the location of the {name} in the image?"),
@@ -113,7 +118,7 @@ def draw_region(
     line = _random_pixels(mask, rng.integers(2, 5), rng)
     return FreeForm(scribble=line.tolist(), pen_width=float(rng.integers(2, 4) * scale))
 
-# %% ../nbs/25_tasks.ipynb #8f07ddc9
+# %% ../nbs/25_tasks.ipynb #e61bccc9
 def refer(
     objects:list[AnnotatedObject],
     i:int,               # Which object is meant
@@ -135,7 +140,7 @@ def locate(objects, i:int, rng:np.random.Generator, train:bool=False, brief:floa
     return one_exchange(_question("locate", rng, train).format(name=name), f"The {name} [region0].",
                         [Box(*objects[i].box)], "locate")
 
-# %% ../nbs/25_tasks.ipynb #422c4881
+# %% ../nbs/25_tasks.ipynb #d0a2b1c6
 def exists(objects, name:str, rng:np.random.Generator, train:bool=False)->Dialogue:
     "Is there one? Yes with a box (of the largest, if there are several), or no."
     question = _question("exists", rng, train).format(a_name=_a(name))
@@ -291,7 +296,7 @@ def all_questions(objects, task:str, rng:np.random.Generator, form:str="", names
     "Every held-out question of a task that the image allows. (Negatives are drawn: one may come twice.)"
     return [ask(objects, task, item, rng, {form: 1.}, names) for item in askable(objects, task, names)]
 
-# %% ../nbs/25_tasks.ipynb #78729e1f
+# %% ../nbs/25_tasks.ipynb #fa5b0cde
 def dataset_texts(names)->Iterator[str]:
     "Every sentence that the tasks can make of these names, coordinates written out: to train a tokenizer."
     box, digits = "[012, 345, 678, 999]", " ".join("0123456789")

@@ -87,7 +87,7 @@ def check_stages(
                 raise ValueError(f"stages[{i}].frozen names {part!r}, but the model has only "
                                  f"{', '.join(name for name, _ in model.named_children())}")
 
-# %% ../nbs/67_training.ipynb #5b2a1f57
+# %% ../nbs/67_training.ipynb #c70c8a94
 class FerretModule(SpreadOut):
     """Train a Ferret in stages.
 
@@ -241,6 +241,8 @@ class FerretModule(SpreadOut):
         """AdamW or Muon, the encoder at a rate of its own; each stage warms up and cools down."""
         groups = parameter_groups(self, self.hparams.muon, self.hparams.weight_decay)
         schedules = [partial(learning_rate, self.stages, vision=group.pop("vision")) for group in groups]
-        optimizer = Muon(groups, lr=1.0, betas=tuple(self.hparams.betas), fused=True)
+        mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
+        optimizer = Muon(groups, lr=1.0, betas=tuple(self.hparams.betas), fused=True,
+                         ns_dtype=torch.bfloat16 if mixed else torch.float32)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,7 +6,7 @@
 __all__ = ['WORLD_SHAPES', 'HOLLOW', 'WORLD_COLORS', 'SIZES', 'LIMITS', 'FILLS', 'VISIBLE', 'world_mask', 'hole_mask', 'size_of',
            'WorldObject', 'make_world']
 
-# %% ../nbs/26_world.ipynb #6befee59
+# %% ../nbs/26_world.ipynb #e401459d
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -116,7 +116,7 @@ class _Canvas:
         rest[stamp.window] &= ~stamp.mask
         return size_of(max(_sides(rest)), len(self.labels)) == self.stamps[i].size
 
-# %% ../nbs/26_world.ipynb #95d267c6
+# %% ../nbs/26_world.ipynb #bf647c48
 def _width(rng, size, side):
     low, high = SIZES[size]
     return draw_between(rng, round(low * side), round(high * side))
@@ -140,7 +140,7 @@ def _stamp(rng, side, stamps, size, at=None, **kinds):
     x, y = x0 + draw_between(rng, 0, room - width), y0 + draw_between(rng, 0, room - width)
     return _Stamp(*shape_color, size, _fill(rng), x, y, width, draw_between(rng, 0, 3))
 
-# %% ../nbs/26_world.ipynb #154ee3f4
+# %% ../nbs/26_world.ipynb #5e4134b0
 def _put_pair(rng, canvas):
     # Two interlocked stamps with exactly the same box. Nothing else may touch their square.
     a = _stamp(rng, len(canvas.labels), [], draw_one(rng, ("medium", "large")), shapes=("wedge", "L"))
@@ -196,7 +196,7 @@ def _paint(labels, codes, palette, ground, noise):
     canvas += noise
     return canvas.clip(0, 255, out=canvas).astype(np.uint8)
 
-# %% ../nbs/26_world.ipynb #3068b305
+# %% ../nbs/26_world.ipynb #f5a9df85
 @dataclass(frozen=True, eq=False)
 class WorldObject(SceneObject):
     "One object of the full world."
@@ -204,12 +204,7 @@ class WorldObject(SceneObject):
     fill: str          # One of `FILLS`
     inside: int | None # Index of the ring or frame that encloses it
 
-def _names(stamps):
-    # "red disc"; "small red disc" where another object is a red disc too.
-    plain = [f"{s.color} {s.shape}" for s in stamps]
-    return [f"{s.size} {name}" if plain.count(name) > 1 else name for s, name in zip(stamps, plain)]
-
-# %% ../nbs/26_world.ipynb #f2b52825
+# %% ../nbs/26_world.ipynb #96f39f1b
 def make_world(
     seed:int,                # Of the whole world, at least 0
     index:int,               # Of the scene, at least 0; any index can be made alone, in any process
@@ -233,6 +228,6 @@ def make_world(
     image = _paint(labels, _code_map(labels, stamps, u[:, 4]), _palette(stamps, u), ground,
                    noise_bank()[start:start + 3 * size * size].reshape(size, size, 3))
     boxes = [_tight(labels[s.window] == i + 1) + (s.x, s.y) * 2 for i, s in enumerate(stamps)]
-    objects = [WorldObject(name, s.shape, s.color, box, i + 1, s.size, s.fill, s.inside)
-               for i, (s, name, box) in enumerate(zip(stamps, _names(stamps), boxes))]
+    objects = [WorldObject(f"{s.color} {s.shape}", s.shape, s.color, box, i + 1, s.size, s.fill, s.inside)
+               for i, (s, box) in enumerate(zip(stamps, boxes))]
     return Scene(image, objects, labels, kind, None if kind == "plain" else (0, 1))

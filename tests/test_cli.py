@@ -252,10 +252,9 @@ def test_ask_takes_every_kind_of_region_in_flag_order(trained, picture):
     with Image.open(picture / "out.png") as drawn: assert min(drawn.size) > 100
 
 
-def test_ask_finds_the_newest_model_and_draws(trained, picture):
-    cwd = trained[0].parent.parent  # has runs/tiny/model
-    out, _ = ferret("ask", picture / "photo.png", "Where is the red square? Write <image> and <region_fea>.", cwd=cwd)
-    assert "drawn in answer.png" in out and (cwd / "answer.png").is_file()
+def test_ask_uses_the_shipped_model_and_draws(picture, tmp_path):
+    out, _ = ferret("ask", picture / "photo.png", "Where is the red square? Write <image> and <region_fea>.", cwd=tmp_path)
+    assert "drawn in answer.png" in out and (tmp_path / "answer.png").is_file()
 
 
 ASK = [
@@ -275,7 +274,7 @@ ASK = [
     (["photo.png", "What is [region0]?", "--mask", "none.png"], "none.png"),
     (["photo.png", "What?", "--out", "photo.png"], "is the image itself"),
     (["photo.png", "What?", "--model", "none"], "none is no folder"),
-    (["photo.png", "What?"], "ferret-lite fit --config tiny"),
+    (["photo.png", "What?", "--device", "cuda:99"], "--device cuda:99: this machine has none"),
 ]
 
 

@@ -273,7 +273,7 @@ def test_damaged_tokenizer(tmp_path):
 
 def test_unconverted(tmp_path):
     write_official(tmp_path)
-    with pytest.raises(ValueError, match="convert it first"): AutoModelForCausalLM.from_pretrained(tmp_path / "ferret")
+    with pytest.raises(OSError, match="convert it first"): AutoModelForCausalLM.from_pretrained(tmp_path / "ferret")
     with pytest.raises(ValueError, match="convert it first"): load_model(tmp_path / "ferret")
 
 

@@ -1,0 +1,87 @@
+"""The tiny Ferret inside the package: small, quick to load, sound, and described by the scores that lie beside it."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ferret_lite.ask import give_answer
+from ferret_lite.files import open_image
+from ferret_lite.metrics import Score, score_markdown
+from ferret_lite.model import FerretForConditionalGeneration, load_model
+from ferret_lite.processor import SHIPPED, FerretProcessor
+from ferret_lite.regions import Box, Point
+from ferret_lite.world import make_world
+
+LOAD = """
+import time
+from ferret_lite.model import FerretForConditionalGeneration
+from ferret_lite.processor import FerretProcessor
+start = time.process_time()
+FerretForConditionalGeneration.tiny(), FerretProcessor.tiny()
+print(time.process_time() - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(): return load_model()
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 10e6
+    assert {"model.safetensors", "config.json", "README.md", "scores.json", "config.yaml"} <= \
+        {path.name for path in SHIPPED.iterdir()}
+
+
+def test_it_loads_in_a_fresh_process():
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 10  # seconds; about a third of one: a bound against a loop, not a timing
+
+
+def test_it_computes_in_float32(tiny):
+    model, _ = tiny
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
+
+
+def test_card_and_scores_agree():
+    told = json.loads((SHIPPED / "scores.json").read_text())
+    scores = {name: Score(**{**values, "interval": values["interval"] and tuple(values["interval"])})
+              for name, values in told.items()}
+    assert score_markdown(scores) in (SHIPPED / "README.md").read_text()
+
+
+def test_it_refers_and_grounds_on_scenes_it_has_not_seen(tiny):
+    """Far above chance (1 in 96 names; one box of several): what the card says in numbers, on a few scenes."""
+    named = found = asked = 0
+    for i in range(6):
+        scene = make_world(7, i, "test")
+        image = open_image(scene.image)
+        for o in scene.objects[:2]:
+            text, _ = give_answer(*tiny, image, "What is [region0]?", [Box(*o.box)])
+            _, boxes = give_answer(*tiny, image, f"Where is the {o.name}?", [])
+            named += o.name in text
+            found += bool(boxes) and overlap(boxes[0][1], o.box) >= .5
+            asked += 1
+    assert named > asked / 2 and found > asked / 2
+
+
+def overlap(a, b):
+    from ferret_lite.coords import box_iou
+    return box_iou([a], [b])[0, 0]
+
+
+def test_it_takes_every_kind_of_region(tiny):
+    scene = make_world(0, 4, "test")
+    text, _ = give_answer(*tiny, open_image(scene.image), "What is [region0]? What is [region1]?",
+                          [Point(25, 60), Box(*scene.objects[0].box)])
+    assert text.count(".") == 2
+
+
+def test_processor_and_model_belong_together(tiny):
+    model, _ = tiny
+    processor = FerretProcessor.tiny()
+    assert isinstance(model, FerretForConditionalGeneration)
+    assert processor.image_size == model.config.vision_config.image_size
+    assert len(processor.tokenizer) <= model.get_input_embeddings().weight.shape[0]
