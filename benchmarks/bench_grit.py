@@ -5,6 +5,7 @@
     python benchmarks/bench_grit.py --records 1100000 --kill --check_ids --folder DIR   # the paper's size, 5 GB of disk
 
 Each image comes four times, with other questions: a record is one image with one dialogue, or a pair of yes and no.
+With `--out FILE` the rows are also added to a JSON list, as in `benchmarks/bench_grit.json`, which the chapter shows.
 CPU seconds are those of the build alone, a killed part included; wall seconds depend on what else the machine does."""
 import argparse
 import hashlib
@@ -153,6 +154,7 @@ def main():
     parser.add_argument("--kill", action="store_true", help="kill each build (-9) after a third, and let it go on")
     parser.add_argument("--check_ids", action="store_true", help="read all shards: does each record come once?")
     parser.add_argument("--folder", help="where the files go; default: a folder that is removed at the end")
+    parser.add_argument("--out", type=Path, help="JSON file that the rows are added to")
     args = parser.parse_args()
     import webdataset
     versions = f"numpy {np.__version__}, webdataset {webdataset.__version__}"
@@ -162,6 +164,9 @@ def main():
             told = bench(records, Path(folder), args.kill, args.check_ids)
         if not n: print(f"| {' | '.join(told)} |\n|{' ---: |' * len(told)}", flush=True)
         print(f"| {' | '.join(told.values())} |", flush=True)
+        if args.out:
+            rows = json.loads(args.out.read_text()) if args.out.is_file() else []
+            args.out.write_text(json.dumps([*rows, told], indent=1) + "\n")
 
 
 if __name__ == "__main__":
