@@ -97,7 +97,7 @@ def guess_blind(
         for own, other in (yes, no), (no, yes): right += own * ((own - 1 > other) + (own - 1 == other) / 2)
     return (right / total if total else 0.5), total
 
-# %% ../nbs/42_cards.ipynb #fcccb7fc
+# %% ../nbs/42_cards.ipynb #10299969
 FAULTS = "faults of the annotations were"
 
 def _blind(share, questions):
@@ -119,12 +119,13 @@ def write_card(
     if items: contact_sheet(items, cols=4).savefig(folder/"samples.png", dpi=110)
     size = sum(s["bytes"] for s in index["shards"])
     mix = "\n".join(f"| {' | '.join(row)} |" for row in mix)
+    shards = f"{len(index['shards'])} shard{'s' * (len(index['shards']) != 1)}"
     faults = f"{index['skipped']:,} {'fault of the annotations was' if index['skipped'] == 1 else FAULTS} skipped."
     text = f"""# GRIT, built by ferret_lite
 
-{index['records']:,} records with {counts.get('dialogues', 0):,} dialogues in {len(index['shards'])} shards;
-{size / 1e6:.1f} MB. {notes}
-{faults}
+{index['records']:,} records with {counts.get('dialogues', 0):,} dialogues in {shards}; {size / 1e6:.1f} MB. {faults}
+
+{notes}
 
 | part | format | repeat |
 |---|---|---:|

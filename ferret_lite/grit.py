@@ -154,7 +154,7 @@ def make_pieces(config:GritConfig, folder:Path)->list[Path]: # In the order of t
         if not n: raise ValueError(f"part {part.name!r}: gave no image; first fault: {(skipped or ['none'])[0]}")
     return paths
 
-# %% ../nbs/43_grit.ipynb #d16ab0c2
+# %% ../nbs/43_grit.ipynb #7b948da2
 def _claim(folder, config):
     "Make the folder ours, or raise if another build lies there."
     mine = json.loads(json.dumps(asdict(config) | {"out": "", "notes": ""}))
@@ -171,7 +171,7 @@ def _collect(pieces, shards):
     some = lambda prefix: sorted(k[len(prefix):] for k in stats if k.startswith(prefix))
     counts = {k: n for k, n in sorted(stats.items()) if not k.startswith(("name/", "word/", "told/"))}
     return {"shards": shards, "records": sum(s["records"] for s in shards), "counts": counts, "skipped": skipped,
-            "first_skipped": first[:10], "blind": guess_blind(stats), "names": some("name/"), "words": some("word/")}
+            "first_skipped": first[:10], "blind": [*guess_blind(stats)], "names": some("name/"), "words": some("word/")}
 
 def build(
     config:GritConfig,
