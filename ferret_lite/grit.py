@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['compose', 'draw_key', 'piece_lines', 'piece_stream', 'make_pieces', 'build']
 
-# %% ../nbs/43_grit.ipynb #bc192315
+# %% ../nbs/43_grit.ipynb #f18da66e
 import base64
 import hashlib
 import heapq
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .annotated import Annotated, watch
-from .cards import count_record, write_card
+from .cards import count_record, guess_blind, write_card
 from .files import write_atomic
 from .instructions import chain, instruct, items_of
 from .mix import PAIRS, GritConfig, Part, open_part
@@ -154,10 +154,10 @@ def make_pieces(config:GritConfig, folder:Path)->list[Path]: # In the order of t
         if not n: raise ValueError(f"part {part.name!r}: gave no image; first fault: {(skipped or ['none'])[0]}")
     return paths
 
-# %% ../nbs/43_grit.ipynb #a8fb5747
+# %% ../nbs/43_grit.ipynb #7b948da2
 def _claim(folder, config):
     "Make the folder ours, or raise if another build lies there."
-    mine = json.loads(json.dumps(asdict(config) | {"out": ""}))
+    mine = json.loads(json.dumps(asdict(config) | {"out": "", "notes": ""}))
     path = folder/"build.json"
     if path.is_file() and json.loads(path.read_text()) != mine:
         raise ValueError(f"{folder}: holds a build of another config; choose another `out`, or remove the folder")
@@ -169,9 +169,9 @@ def _collect(pieces, shards):
     for head in map(_piece_head, pieces):
         stats.update(head["stats"]); skipped += head["skipped"]; first += head["first"]
     some = lambda prefix: sorted(k[len(prefix):] for k in stats if k.startswith(prefix))
-    counts = {k: n for k, n in sorted(stats.items()) if not k.startswith(("name/", "word/"))}
+    counts = {k: n for k, n in sorted(stats.items()) if not k.startswith(("name/", "word/", "told/"))}
     return {"shards": shards, "records": sum(s["records"] for s in shards), "counts": counts, "skipped": skipped,
-            "first_skipped": first[:10], "names": some("name/"), "words": some("word/")}
+            "first_skipped": first[:10], "blind": [*guess_blind(stats)], "names": some("name/"), "words": some("word/")}
 
 def build(
     config:GritConfig,
@@ -185,7 +185,7 @@ def build(
     index = _collect(pieces, cut_shards(lines, folder, config.shard_size, config.embed))
     with write_atomic(folder/"index.json") as at:
         at.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
-    notes = f"Seed {config.seed}, epoch {config.epoch}."
+    notes = f"Seed {config.seed}, epoch {config.epoch}. {config.notes}".strip()
     write_card(folder, index, [(p.name, p.format, f"{p.repeat:g}") for p in config.parts], notes)
     shutil.rmtree(folder/"pieces")
     for part in folder.glob(".*.part"): part.unlink()  # of builds that were killed while they wrote

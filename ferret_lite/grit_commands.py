@@ -20,19 +20,21 @@ from .mix import open_part, read_config
 from .records import write_records
 from .shards import GritShards, need_webdataset
 
-# %% ../nbs/44_grit_commands.ipynb #a2cfae24
+# %% ../nbs/44_grit_commands.ipynb #311cb312
 def grit_build(mix:str, out:str|None=None):
     """Build a GRIT: shards for training and a data card. A build that was killed goes on where it was.
 
     Args:
-        mix: YAML file, such as configs/grit/grit.yaml, or the name of a shipped one: grit, grit_world.
+        mix: YAML file, such as configs/grit/grit.yaml, or the name of a shipped one: grit, grit_world, grit_photos.
         out: folder of the shards; replaces the `out` of the mix.
     """
     settings = read_config(mix)
     if out: settings.out = out
     need_webdataset()
     index = build(settings)
-    print(f"{index['records']:,} records in {len(index['shards'])} shards, {index['skipped']:,} faults skipped")
+    faults = f"{index['skipped']:,} fault{'s' * (index['skipped'] != 1)} skipped"
+    shards = f"{len(index['shards'])} shard{'s' * (len(index['shards']) != 1)}"
+    print(f"{index['records']:,} records in {shards}, {faults}")
     print(f"{settings.out}/card.md says what is in them; `ferret-lite grit inspect {settings.out}` draws samples")
 
 def grit_chat(mix:str, *, part:str, base_url:str, model:str, out:str, num:int=1000, key_env:str="OPENAI_API_KEY",

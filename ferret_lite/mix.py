@@ -23,7 +23,7 @@ from .records import read_records
 from .released import llava_records, read_grit_items
 from .sources import coco_records, plain_name, voc_records
 
-# %% ../nbs/41_mix.ipynb #59557737
+# %% ../nbs/41_mix.ipynb #11ea8951
 PAIRS = {  # task -> kind of the pair of yes and no, how many of the two are taken
     "negative_image": ("image", 2), "negative_word": ("word", 2),
     "positive_image": ("image", 1), "positive_word": ("word", 1)}
@@ -64,6 +64,7 @@ class GritConfig:
         embed: photographs are copied into the shards; otherwise their paths are kept.
         objects: names, boxes and masks of all objects go along, which a Ferret from random weights is taught first.
         pointing: kind of region -> share.
+        notes: what a reader must know, such as licences and gaps in the annotations; goes into the card.
     """
     out: str
     parts: list[Part]
@@ -74,6 +75,7 @@ class GritConfig:
     embed: bool = False
     objects: bool = False
     pointing: dict[str, float] = field(default_factory=lambda: dict(POINTING))
+    notes: str = ""
 
 # %% ../nbs/41_mix.ipynb #cc63f02f
 def _grit_items(path, images=None, skipped=None):

@@ -6,10 +6,11 @@
 __all__ = ['ASK_EXISTS', 'YES', 'NO', 'NO_NUMBER', 'CoOccurrence', 'is_absent', 'complete', 'absent_name', 'bare',
            'word_negatives', 'affirm', 'deny', 'name_pair', 'text_pair', 'draw_pair']
 
-# %% ../nbs/38_negatives.ipynb #c0598204
+# %% ../nbs/38_negatives.ipynb #ce29b67e
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
@@ -46,7 +47,13 @@ class CoOccurrence:
         seen = self.together[i] / np.maximum(self.together[i, i], 1)[:, None]  # (present, v)
         return seen.sum(0) + 1e-3
 
-# %% ../nbs/38_negatives.ipynb #3a28892d
+# %% ../nbs/38_negatives.ipynb #4fafefb6
+@lru_cache(1 << 16)  # a data set has few names, and each image asks for all of them
+def _meanings(name):
+    "The words that may mean a name, and those for its kind."
+    last = name.split()[-1]
+    return alike(last) | kinds_of(last)
+
 def is_absent(
     record:Annotated,
     name:str,
@@ -55,9 +62,7 @@ def is_absent(
     "Whether a name may be denied: checked by the data set, and not said by any annotation."
     if any(o.name == name for o in record.objects): return False
     if record.absent: return name in record.absent  # looked for and not found
-    last = name.split()[-1]
-    free = (w for w in alike(last) | kinds_of(last))
-    return complete(record) or not any(words[w] for w in free)
+    return complete(record) or _meanings(name).isdisjoint(words)
 
 def complete(record:Annotated)->bool:
     "Whether all there is has its name and attributes, as in the embedded world: then names alone decide."

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['KINDS', 'CONFUSABLE', 'ATTRIBUTES', 'NUMBERS', 'stem', 'known_words', 'kinds_of', 'alike', 'is_new', 'changes']
 
-# %% ../nbs/37_neighbours.ipynb #3dc6a503
+# %% ../nbs/37_neighbours.ipynb #d8303024
 import re
 from collections import Counter
+from functools import lru_cache
 
 from .annotated import Annotated
 from .scenes import COLORS, SHAPES
 
-# %% ../nbs/37_neighbours.ipynb #a17c2b64
+# %% ../nbs/37_neighbours.ipynb #d12a52cc
 KINDS = {  # a kind (each of its words) -> its members; also the neighbours that a noun is changed to
     "person people human": "man woman boy girl baby",
     "animal pet": "dog cat horse cow sheep pig bear elephant zebra giraffe bird lion rabbit monkey",
@@ -44,6 +45,7 @@ CONFUSABLE = [set(s.split()) for s in (
 _ODD = {"people": "person", "men": "man", "women": "woman", "children": "child", "kids": "kid", "knives": "knife",
         "feet": "foot", "glasses": "glasses"}
 
+@lru_cache(1 << 16)  # a data set has few words, and asks for each a million times
 def stem(word:str)->str:
     'Lower case and singular: "Dogs" -> "dog".'
     word = word.lower()
@@ -52,9 +54,9 @@ def stem(word:str)->str:
     if word.endswith(("shes", "ches", "xes", "sses", "buses")): return word[:-2]
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) and len(word) > 3 else word
 
-# %% ../nbs/37_neighbours.ipynb #35729582
-_LABELS = {member: set(labels.split()) for labels, members in KINDS.items() for member in members.split()}
-_MEMBERS = {label: set(members.split()) for labels, members in KINDS.items() for label in labels.split()}
+# %% ../nbs/37_neighbours.ipynb #c2c7e26a
+_LABELS = {member: frozenset(labels.split()) for labels, members in KINDS.items() for member in members.split()}
+_MEMBERS = {label: frozenset(members.split()) for labels, members in KINDS.items() for label in labels.split()}
 
 def known_words(
     record:Annotated,
@@ -65,13 +67,14 @@ def known_words(
     texts += [word for some in record.attributes.values() for word in some]
     return Counter(stem(w) for text in texts for w in re.findall(r"[A-Za-z]+", text))
 
-def kinds_of(word:str)->set[str]:
+def kinds_of(word:str)->frozenset[str]:
     'The words for its kind: "dog" -> animal, pet.'
-    return _LABELS.get(stem(word), set())
+    return _LABELS.get(stem(word), frozenset())
 
-def alike(word:str)->set[str]:
+@lru_cache(1 << 16)
+def alike(word:str)->frozenset[str]:
     "What else may be meant: the word, for a kind its members, and all that is confusable with these."
-    words = {stem(word)} | _MEMBERS.get(stem(word), set())
+    words = frozenset([stem(word)]) | _MEMBERS.get(stem(word), frozenset())
     return words.union(*(s for s in CONFUSABLE if s & words))
 
 def is_new(word:str, words:Counter)->bool:

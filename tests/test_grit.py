@@ -213,6 +213,15 @@ def test_commands(tmp_path, capsys):
     assert "90 records" in said and said.count("64 x 64") == 3 and (tmp_path / "out/inspect.png").is_file()
 
 
+def test_the_card_repeats_the_notes_and_says_how_well_a_name_tells(tmp_path):
+    index = build(world(tmp_path / "a", notes="Boxes are missing."))
+    card = (tmp_path / "a" / "card.md").read_text()
+    share, questions = index["blind"]
+    assert "Boxes are missing." in card and f"{share:.0%} are guessed right from the name alone" in card
+    assert questions == 2 * index["counts"]["task/negative_image"] and 0.1 < share < 0.7
+    assert build(world(tmp_path / "a", notes="Other words.")) == index  # is no other build
+
+
 def test_the_shipped_mix_is_the_releases():
     config = read_config(CONFIGS / "grit.yaml")
     assert {p.name: p.repeat for p in config.parts} == {
