@@ -21,7 +21,7 @@ def readme():
     nb.cells = [cell for cell in nb.cells if cell.cell_type != "raw"]
     nb.metadata["language_info"] = {"name": "python"}  # else the code fences carry no language
     body, _ = MarkdownExporter().from_notebook_node(nbformat.reads(nb2str(nb), 4))
-    body = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", body)
+    body = re.sub(r"\]\((\w+\.ipynb|images/)", r"](nbs/\1", body)
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     note = "<!-- Written from nbs/index.ipynb by docs/readme.py: edit the notebook. -->"
     return f"{note}\n\n# {title['title']}\n\n> {title['description']}\n\n{body}\n"

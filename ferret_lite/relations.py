@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'RANKS', 'SAME', 'PREDICATES', 'ATTRIBUTES', 'NUMBERS', 'Thing', 'from_world', 'plural', 'full_name', 'named',
-           'relation_table', 'Expression', 'Facts', 'fitting', 'own_phrases', 'brief_phrases', 'deny',
+           'relation_table', 'Expression', 'Facts', 'fitting', 'own_phrases', 'brief_phrases', 'deny', 'deny_briefly',
            'closest_relation', 'same_pairs', 'counts_of']
 
 # %% ../nbs/27_relations.ipynb #886738de
@@ -134,7 +134,7 @@ class Facts:
                            bool(others[h, j] > 1 if count else others[h, j] == 1))
                 for h, j in np.argwhere(right).tolist()]
 
-# %% ../nbs/27_relations.ipynb #2657fa5a
+# %% ../nbs/27_relations.ipynb #7bc54ae9
 def fitting(
     things:list[Thing],
     phrase:str,         # Attributes in any order: "striped red disc"
@@ -169,6 +169,12 @@ def deny(
         if kind == 2: words = {name: choose(ATTRIBUTES[name]) for name in words}
         phrase = " ".join(words[name] for name in ("size", "fill", "color", "shape") if name in words)
         if not fitting(things, phrase): return phrase
+
+def deny_briefly(things:list[Thing], rng:np.random.Generator)->str:
+    "A shape or a colour that nothing has: \"ring\", \"red thing\"."
+    absent = [f"{value}{after}" for name, after in (("shape", ""), ("color", " thing"))
+              for value in ATTRIBUTES[name] if not fitting(things, value)]
+    return absent[rng.integers(len(absent))]
 
 # %% ../nbs/27_relations.ipynb #58ceb7c1
 def closest_relation(

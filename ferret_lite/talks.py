@@ -6,7 +6,7 @@
 __all__ = ['WORLD_TEMPLATES', 'WORLD_TASKS', 'WORLD_MIX', 'WRITERS', 'pick_share', 'Talk', 'trees', 'usually', 'world_items',
            'locate_thing', 'relate', 'compare', 'list_related', 'world_texts', 'world_words']
 
-# %% ../nbs/28_talks.ipynb #2bb3887e
+# %% ../nbs/28_talks.ipynb #1765b78a
 import re
 from collections.abc import Iterator
 
@@ -15,8 +15,8 @@ import numpy as np
 from .records import Dialogue, Turn
 from .regions import Box
 from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, Facts, brief_phrases, closest_relation, counts_of,
-                                   deny, full_name, named, own_phrases, plural, same_pairs)
-from .tasks import HYBRID, TEMPLATES, capital, draw_region
+                                   deny, deny_briefly, full_name, named, own_phrases, plural, same_pairs)
+from .tasks import BRIEF, HYBRID, TEMPLATES, capital, draw_region
 
 # %% ../nbs/28_talks.ipynb #5b552d2d
 WORLD_TEMPLATES = {
@@ -130,7 +130,7 @@ def world_items(
     if task not in WORLD_TASKS: raise ValueError(f"unknown task {task!r}: use one of {', '.join(WORLD_TASKS)}")
     return list(range(n))
 
-# %% ../nbs/28_talks.ipynb #dc39ff8d
+# %% ../nbs/28_talks.ipynb #630052c7
 def locate_thing(talk, i):
     phrases = own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train
     what = talk.choose(phrases) if talk.train else phrases[0]
@@ -141,8 +141,8 @@ def relate(talk, e):
     talk.say("locate", f"the {talk.things[e.target].name} {talk.box(e.target)}", what=what)
 
 def _exists(talk, i):
-    phrase = deny(talk.things, talk.rng) if i is None else \
-        talk.choose(own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train)
+    if i is None: phrase = (deny_briefly if talk.train and talk.rng.random() < BRIEF else deny)(talk.things, talk.rng)
+    else: phrase = talk.choose(own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train)
     answer = f"no, there is no {phrase}" if i is None else f"yes, {named(talk.things[i].name)} {talk.box(i)}"
     talk.say("exists", answer, what=named(phrase))
 
