@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'RANKS', 'SAME', 'PREDICATES', 'ATTRIBUTES', 'NUMBERS', 'Thing', 'from_world', 'plural', 'full_name', 'named',
-           'relation_table', 'Expression', 'Facts', 'fitting', 'own_phrases', 'brief_phrases', 'deny', 'deny_briefly',
+           'fitting', 'own_phrases', 'brief_phrases', 'relation_table', 'Expression', 'Facts', 'deny', 'deny_briefly',
            'closest_relation', 'same_pairs', 'counts_of']
 
 # %% ../nbs/27_relations.ipynb #886738de
@@ -55,6 +55,26 @@ def full_name(thing:Thing)->str:
 def named(words:str)->str:
     "With its indefinite article."
     return f"{article(words)} {words}"
+
+# %% ../nbs/27_relations.ipynb #b476d597
+def fitting(
+    things:list[Thing],
+    phrase:str,         # Attributes in any order: "striped red disc"
+)->list[int]:           # Indices of the things that have them all
+    "Whom a phrase without a relation fits."
+    return [i for i, t in enumerate(things) if set(phrase.split()) <= set(t.words)]
+
+def own_phrases(things:list[Thing], i:int)->list[str]:
+    "Its name, alone and with size or fill, as far as they fit this object only. In the full world one always does."
+    t = things[i]
+    phrases = [t.name, f"{t.size} {t.name}", f"{t.fill} {t.name}"]
+    return [p for p in phrases if len(fitting(things, p)) == 1]
+
+def brief_phrases(things:list[Thing], i:int)->list[str]:
+    "The shape alone and the colour alone, as far as they fit this object only: \"disc\", \"red thing\"."
+    t = things[i]
+    return [phrase for word, phrase in ((t.shape, t.shape), (t.color, f"{t.color} thing"))
+            if len(fitting(things, word)) == 1]
 
 # %% ../nbs/27_relations.ipynb #778be38f
 def _columns(boxes): # x1, y1, x2, y2, each as (n, 1) for the subject and (1, n) for the other
@@ -134,26 +154,7 @@ class Facts:
                            bool(others[h, j] > 1 if count else others[h, j] == 1))
                 for h, j in np.argwhere(right).tolist()]
 
-# %% ../nbs/27_relations.ipynb #7bc54ae9
-def fitting(
-    things:list[Thing],
-    phrase:str,         # Attributes in any order: "striped red disc"
-)->list[int]:           # Indices of the things that have them all
-    "Whom a phrase without a relation fits."
-    return [i for i, t in enumerate(things) if set(phrase.split()) <= set(t.words)]
-
-def own_phrases(things:list[Thing], i:int)->list[str]:
-    "Its name, alone and with size or fill, as far as they fit this object only. In the full world one always does."
-    t = things[i]
-    phrases = [t.name, f"{t.size} {t.name}", f"{t.fill} {t.name}"]
-    return [p for p in phrases if len(fitting(things, p)) == 1]
-
-def brief_phrases(things:list[Thing], i:int)->list[str]:
-    "The shape alone and the colour alone, as far as they fit this object only: \"disc\", \"red thing\"."
-    t = things[i]
-    return [phrase for word, phrase in ((t.shape, t.shape), (t.color, f"{t.color} thing"))
-            if len(fitting(things, word)) == 1]
-
+# %% ../nbs/27_relations.ipynb #61b1a9d7
 def deny(
     things:list[Thing],
     rng:np.random.Generator,
