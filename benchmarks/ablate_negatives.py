@@ -1,7 +1,7 @@
 """Does a tiny Ferret say less that is not there when its GRIT holds negatives? Trained with and without them.
 
     python benchmarks/ablate_negatives.py                # prints what is left to do, and the table so far
-    python benchmarks/ablate_negatives.py --run          # 2,000 shared steps, then 600 of each arm and seed
+    python benchmarks/ablate_negatives.py --run          # 2,000 shared steps, then 400 of each arm and seed
 
 One start is shared by all: an encoder taught by the dense stage of the recipe, and behind it a model that learned to
 answer on the build `without_negatives`, in which whatever is asked for is there. From this start, which grounds but was
@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dense_steps", type=int, default=1000, help="of the encoder")
     parser.add_argument("--start_steps", type=int, default=2000, help="in which the start learns to answer")
-    parser.add_argument("--steps", type=int, default=600, help="of each arm behind the start")
+    parser.add_argument("--steps", type=int, default=400, help="of each arm behind the start")
     parser.add_argument("--lr", type=float, default=1e-3, help="of these; the start has the recipe's")
     parser.add_argument("--num", type=int, default=500, help="questions of each kind")
     parser.add_argument("--run", action="store_true", help="train; without it the commands that are left are printed")
