@@ -25,21 +25,22 @@ DOCS = Path(__file__).resolve().parent
 NBS, SRC, BUILD = DOCS.parent / "nbs", DOCS / "_src", DOCS / "_build"
 PAGES = sorted(path.stem for path in (DOCS / "pages").glob("*.md"))  # no code; they link to chapters without numbers
 PARTS = {  # the sidebar; a chapter that no part names comes last
+    "First look": "ten_minutes path figures reading_the_code glossary",
     "Regions": "coords regions points sampler",
     "Files and pictures": "files captions plotting records",
     "Words": "dialects grounding templates prompt",
     "The model": "processor vision splice config model build",
     "Apple's checkpoints": "weights clip official conversion",
-    "The embedded world": "scenes textures tasks world relations talks world_tasks",
-    "Annotations": "annotated sources corpora genome released",
-    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards "
-                        "grit grit_commands grit_examples",
+    "The embedded world": "scenes textures tasks annotated world relations talks world_tasks",
+    "Annotations": "sources corpora genome released",
+    "Instruction data": "phrasings instructions neighbours negatives chats shards mix cards grit grit_commands "
+                        "grit_examples",
     "Batches": "targets stages examples recorded rows data",
-    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions "
-              "evaluate bench world_bench report",
+    "Scores": "metrics predictions flickr world_scores captioning scorers answering questions evaluate bench "
+              "world_bench report",
     "Training": "optim losses lora checkpoints training shipped",
     "Using it": "ask evaluate_cli demo cli",
-    "Guides": "paper_or_code backbones seven_billion bibliography",
+    "Guides": "paper_or_code attention own_boxes backbones seven_billion cluster bibliography",
 }
 
 
@@ -147,10 +148,19 @@ def write_api(module, chapter):
     (SRC / "api" / f"{module}.md").write_text(text, encoding="utf-8")
 
 
+def inline_drawings(cell):
+    """`![](images/path.svg)` -> the drawing itself: only then can its buttons be pressed."""
+    if cell.cell_type == "markdown":
+        cell.source = re.sub(r"^!\[[^\]]*\]\((images/\w+\.svg)\)$", lambda link: "<div>\n" + (NBS / link[1]).read_text(
+            encoding="utf-8").strip() + "\n</div>", cell.source, flags=re.M)
+    return cell
+
+
 def stage(only=()):
     """Write docs/_src anew: the whole book, or `only` some notebooks, then without the reference."""
     shutil.rmtree(SRC, ignore_errors=True)
     (SRC / "api").mkdir(parents=True)
+    shutil.copytree(NBS / "images", SRC / "images")
     os.chdir(NBS)  # nbdev looks for its options from here upwards
     chapters = sorted(path.stem for path in NBS.glob("[0-9]*.ipynb") if not only or path.stem in only)
     rooms = {chapter.split("_", 1)[1]: chapter for chapter in chapters}
@@ -165,7 +175,7 @@ def stage(only=()):
         nb = read_nb(NBS / f"{name}.ipynb")
         Processors()(nb)
         if name == "index":
-            nb.cells.append(contents(chapters, modules))
+            nb.cells[:] = [inline_drawings(cell) for cell in nb.cells] + [contents(chapters, modules)]
         write_nb(nb, SRC / f"{name}.ipynb")
 
 
