@@ -80,11 +80,11 @@ def dequantize(
     bins, sides = _with_sides(coords_bin, width, height)
     return np.trunc(bins * (sides / num_bins)) if rule == "released" else (bins + 0.5) / num_bins * sides
 
-# %% ../nbs/01_coords.ipynb #6c615f85
+# %% ../nbs/01_coords.ipynb #d1ff9c27
 def _check_numbers(values, names, where):
     "`values` as floats, one for each of `names`, or a `ValueError` that says what is wrong with them."
     try:
-        numbers = [float(v) for v in values if not isinstance(v, str)]
+        numbers = [float(v) for v in values if not isinstance(v, (str, bytes))]
     except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != len(names):
@@ -93,16 +93,23 @@ def _check_numbers(values, names, where):
         raise ValueError(f"{where} {numbers}: NaN, infinity or beyond 1e9 pixels is no position; drop or repair it")
     return numbers
 
-# %% ../nbs/01_coords.ipynb #d6b34063
+
+def _has_size(width, height, where):
+    "Is the image's size given? `ValueError` if only half of it is."
+    if (width is None) != (height is None):
+        raise ValueError(f"{where}: image width {width}, height {height}: give both or neither")
+    return width is not None
+
+# %% ../nbs/01_coords.ipynb #1dd551f9
 def check_point(
     point:ArrayLike,      # (x, y) pixels
-    width:int|None=None,  # Of the image; without it only the numbers are checked
+    width:int|None=None,  # Of the image; both sides or neither: then only the numbers are checked
     height:int|None=None, # Of the image
     where:str="point",    # Names the point in the error
 )->np.ndarray:            # `(2,)` float64
     "The point, if it lies in the image (its right and lower edges included); else `ValueError`."
     x, y = _check_numbers(point, ("x", "y"), where)
-    if width is not None and not (0 <= x <= width and 0 <= y <= height):
+    if _has_size(width, height, where) and not (0 <= x <= width and 0 <= y <= height):
         raise ValueError(f"{where} [{x:g}, {y:g}] lies outside of the {width} x {height} image; "
                          "give x and y in pixels of the original image")
     return np.array((x, y))
@@ -110,21 +117,21 @@ def check_point(
 
 def check_box(
     box:ArrayLike,        # (x1, y1, x2, y2) pixels
-    width:int|None=None,  # Of the image; without it only the numbers are checked
+    width:int|None=None,  # Of the image; both sides or neither: then only the numbers are checked
     height:int|None=None, # Of the image
     where:str="box",      # Names the box in the error
 )->np.ndarray:            # `(4,)` float64, not clipped
-    "The box, if it has an area and touches the image; else `ValueError`."
+    "The box, if it has an area and overlaps the image; else `ValueError`."
     x1, y1, x2, y2 = _check_numbers(box, ("x1", "y1", "x2", "y2"), where)
     shown = f"{where} [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
     if not (x1 < x2 and y1 < y2):
         raise ValueError(f"{shown} is empty; it needs x1 < x2 and y1 < y2: (left, top, right, bottom)")
-    if width is not None and not (x1 < width and x2 > 0 and y1 < height and y2 > 0):
+    if _has_size(width, height, where) and not (x1 < width and x2 > 0 and y1 < height and y2 > 0):
         raise ValueError(f"{shown} lies outside of the {width} x {height} image; "
                          "give x1, y1, x2, y2 in pixels of the original image")
     return np.array((x1, y1, x2, y2))
 
-# %% ../nbs/01_coords.ipynb #574ddc52
+# %% ../nbs/01_coords.ipynb #4fcdeaf1
 def clip_boxes(
     boxes_px:ArrayLike, # `(..., 4)` xyxy pixels
     width:int,          # Of the image, pixels
@@ -136,8 +143,9 @@ def clip_boxes(
 
 
 def _as_boxes(boxes):
+    "`boxes` as float64; an empty list counts as 0 boxes, shape (0, 4)."
     boxes = np.asarray(boxes, dtype=np.float64)
-    if boxes.shape == (0,):  # an empty list
+    if boxes.shape == (0,):
         return boxes.reshape(0, 4)
     if boxes.shape[-1:] != (4,):
         raise ValueError(f"boxes of shape {boxes.shape}: the last axis must hold (x1, y1, x2, y2)")

@@ -94,14 +94,14 @@ def gather_points(
     rows = x.reshape(r * n, d).index_select(0, (index + first_row).flatten())
     return rows.view(*index.shape, d)
 
-# %% ../nbs/03_points.ipynb #2c034fc3
+# %% ../nbs/03_points.ipynb #d7ce37e1
 @torch.no_grad()
 def knn(
     queries:Tensor, # `(r, m, 2)`
     points:Tensor,  # `(r, n, 2)`
     k:int,          # Neighbours, at most `n`
-    expanded:bool=False, # The release's arithmetic: its rounding settles ties, and the order is any
-)->Tensor:          # `(r, m, k)` long, indices into `points`, nearest first
+    expanded:bool=False, # The release's arithmetic: its rounding settles ties, the order of the `k` is any
+)->Tensor:          # `(r, m, k)` long, indices into `points`; nearest first, unless `expanded`
     "The `k` points nearest to each query. Raises `ValueError` if `k > n`."
     if k > points.shape[1]: raise ValueError(f"knn cannot find {k} neighbours among {points.shape[1]} points: lower k")
     if expanded:

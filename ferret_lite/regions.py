@@ -129,14 +129,14 @@ def _as_polygons(polygons):
     corners = [_as_scribble(list(zip(flat[::2], flat[1::2])), "polygon") for flat in polygons]
     return tuple(tuple(v for corner in polygon for v in corner) for polygon in corners)
 
-# %% ../nbs/02_regions.ipynb #1f9b1f73
+# %% ../nbs/02_regions.ipynb #99325308
 @dataclass(frozen=True, eq=False)
 class FreeForm:
     "A region of any shape, from exactly one source; `pen_width` goes with `scribble` alone."
     mask: np.ndarray = None  # `(h, w)` of the original image; what is above 0 belongs to the region
     polygons: tuple = None   # [[x, y, x, y, ...], ...] pixels; the region is their union
     scribble: tuple = None   # [[x, y], ...] pixels, the path of a pen
-    pen_width: float = None  # Pixels, 1 or more; default: 10 of 336 of the longer side, as a point's circle
+    pen_width: float = None  # Pixels, 1 or more; default: longer side * 10 / 336, at least 1
     rle: dict = None         # COCO's {"size": [h, w], "counts": ...}
 
     def __post_init__(self):
@@ -247,7 +247,23 @@ def _paint(region, mask, point_radius, model_size):
         place = np.mean(region.polygons[0][::2]), np.mean(region.polygons[0][1::2])
     return place
 
-# %% ../nbs/02_regions.ipynb #2f4e00dc
+# %% ../nbs/02_regions.ipynb #1ae48e72
+def _place_inside(region, x, y, width, height):
+    "(x, y), or, if a free form's lies outside, the middle of its first edge's or stroke's part inside of the image."
+    if not isinstance(region, FreeForm) or (0 <= x <= width and 0 <= y <= height):
+        return x, y
+    paths = [region.scribble] if region.scribble else [(*flat, *flat[:2]) for flat in region.polygons]
+    for path in paths:
+        corners = np.reshape(path, (-1, 2))
+        start, step = corners[:-1], np.diff(corners, axis=0)  # (e, 2) each
+        with np.errstate(divide="ignore", invalid="ignore"):  # an edge along a side gives NaN, which is not inside
+            t = np.stack([-start / step, ((width, height) - start) / step])  # (2, e, 2)
+        enter, leave = t.min(0).max(-1).clip(0), t.max(0).min(-1).clip(max=1)  # (e,)
+        for i in np.flatnonzero(enter < leave)[:1]:
+            return (start[i] + (enter[i] + leave[i]) / 2 * step[i]).tolist()
+    return x, y
+
+# %% ../nbs/02_regions.ipynb #28e18f78
 def region_mask(
     region:Region,          # `Point`, `Box` or `FreeForm`
     width:int,              # Of the original image
@@ -274,6 +290,7 @@ def region_mask(
     else:
         x, y = _paint(region, mask, point_radius, model_size)
     if not mask.any():  # the region slipped between the pixel centres, or is outside
+        x, y = _place_inside(region, x, y, width, height)
         check_point((x, y), width, height, where=f"{kind(region)} region at")
         mask[min(int(y), height - 1), min(int(x), width - 1)] = True
     return mask
