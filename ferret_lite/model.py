@@ -45,7 +45,7 @@ class FerretPreTrainedModel(PreTrainedModel):
         init.normal_(module.weight, std=module.in_features ** -0.5)  # keeps a unit variance
         if module.bias is not None: init.zeros_(module.bias)
 
-# %% ../nbs/17_model.ipynb #7916312d
+# %% ../nbs/17_model.ipynb #dd9f507d
 class FerretModel(FerretPreTrainedModel):
     """The four parts, and the one thing they make together: `inputs_embeds` for the language model."""
     def __init__(self, config:FerretConfig):
@@ -68,18 +68,22 @@ class FerretModel(FerretPreTrainedModel):
     def get_vision_maps(
         self,
         pixel_values, # `(b, 3, h, w)` normalised
-    ):                # features for the projector `(b, n, d)`, list of maps for the regions `[(b, d_i, g_i, g_i)]`
-        """Run the encoder once and select the layers that the two readers want."""
+    ):                # features for the projector `(b, g*g, d)`, list of maps for the regions `[(b, d_i, g_i, g_i)]`
+        """Run the encoder once and select the layers that the two readers want.
+
+        Raises `ValueError` if what a region would be read from is no square map."""
         config = self.config
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         registers = getattr(config.vision_config, "num_register_tokens", 0)  # DINOv2 may have some
         first = 1 + registers if config.vision_feature_select_strategy == "default" else 0
-        patches = lambda i: hidden_states[i][:, first:].to(self.mm_projector.weight.dtype)  # (b, n, d)
+        patches = lambda i: hidden_states[i][:, first:].to(self.mm_projector.weight.dtype)  # (b, g*g, d)
         features, maps = patches(config.vision_feature_layer), [patches(i) for i in self.region_layers]
-        if any(math.isqrt(m.shape[1]) ** 2 != m.shape[1] for m in maps):
-            raise ValueError(f"{maps[0].shape[1]} features are no square map: vision_feature_select_strategy is "
-                             "'default' for encoders with a class token, 'full' for others")
-        return features, [rearrange(m, "b (gh gw) d -> b d gh gw", gh=math.isqrt(m.shape[1])) for m in maps]
+        sides = [math.isqrt(feature_map.shape[1]) for feature_map in maps]
+        for x, side in zip(maps, sides):
+            if side ** 2 != x.shape[1]:
+                raise ValueError(f"{x.shape[1]} features are no square map: vision_feature_select_strategy is "
+                                 "'default' for encoders with a class token, 'full' for others")
+        return features, [rearrange(x, "b (gh gw) d -> b d gh gw", gh=side) for x, side in zip(maps, sides)]
 
     def get_region_features(
         self,
@@ -93,37 +97,41 @@ class FerretModel(FerretPreTrainedModel):
                              "region_points for each image")
         if region_mask is None: region_mask = region_points.new_ones(region_points.shape[:2], dtype=torch.bool)
         places = region_points.flip(-1) if self.config.region_transposed else region_points
-        features = torch.cat([bilinear_features(m, places, self.config.align_corners) for m in maps], -1)
+        features = torch.cat([bilinear_features(x, places, self.config.align_corners) for x in maps], -1)
         return self.region_sampler(features[region_mask], region_points[region_mask])  # from (m, n, d) and (m, n, 2)
 
     def embed_inputs(
         self,
         input_ids,            # `(b, s)`, placeholders included
-        image_features=None,  # `(b, n, d_lm)` projected patches; None: words alone, as in the later steps of `generate`
-        region_features=None, # `(m, d_lm)`, see `get_region_features`
+        image_features=None,  # `(b, g*g, d_lm)` projected patches; None: words alone, as in `generate`'s later steps
+        region_features=None, # `(m, d_lm)`, see `get_region_features`; None: no region
+        region_mask=None,     # `(b, r)` bool: then the regions are counted in each row; None: in the batch
     ):                        # `(b, s, d_lm)`
-        """Embed the words, then put patches and regions in their placeholders' places."""
+        """Embed the words, then put patches and regions in their placeholders' places, or raise `ValueError`.
+
+        Without `image_features` a region's placeholder keeps its word embedding, and that is no error."""
         is_image, is_region = (input_ids == i for i in (self.config.image_token_id, self.config.region_token_id))
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if image_features is None:
             if is_image.any(): raise ValueError("the text has places for an image: give pixel_values")
             return inputs_embeds
         inputs_embeds = scatter_features(inputs_embeds, is_image, image_features.flatten(0, 1), "image")
-        if region_features is None: region_features = inputs_embeds.new_empty(0, inputs_embeds.shape[-1])
-        return scatter_features(inputs_embeds, is_region, region_features, "region")
+        if region_features is None: region_features, region_mask = inputs_embeds.new_empty(0, 1), None
+        num_each = None if region_mask is None else region_mask.sum(1)
+        return scatter_features(inputs_embeds, is_region, region_features, "region", num_each)
 
     def read_image(
         self,
         pixel_values,       # `(b, 3, h, w)` normalised
         region_points=None, # `(b, r, n, 2)` xy in [0, 1]
         region_mask=None,   # `(b, r)` bool
-    ):                      # `(b, n, d_lm)` patches, `(m, d_lm)` regions or None: what `embed_inputs` takes
+    ):                      # `(b, g*g, d_lm)` patches, `(m, d_lm)` regions or None: what `embed_inputs` takes
         """All that the language model is told about an image."""
         features, maps = self.get_vision_maps(pixel_values)
         regions = None if region_points is None else self.get_region_features(maps, region_points, region_mask)
         return self.mm_projector(features), regions
 
-# %% ../nbs/17_model.ipynb #c658c8c1
+# %% ../nbs/17_model.ipynb #64153eea
 class FerretForConditionalGeneration(FerretModel, GenerationMixin):
     """Image, text and regions in, text with boxes out.
 
@@ -145,7 +153,7 @@ class FerretForConditionalGeneration(FerretModel, GenerationMixin):
         region_points=None,   # `(b, r, n, 2)` xy in [0, 1]
         region_mask=None,     # `(b, r)` bool
         attention_mask=None,  # `(b, s)`, 1 for a token, 0 for padding
-        dialogue_ids=None,    # `(b, s)`, for several dialogues packed behind one image; see `packed_attention_mask`
+        dialogue_ids=None,    # `(b, s)`, see `packed_attention_mask`: with them its mask replaces `attention_mask`
         inputs_embeds=None,   # `(b, s, d_lm)` instead of `input_ids`
         position_ids=None,    # `(b, s)`; None: 0, 1, 2, ...
         labels=None,          # `(b, s)`, -100 where nothing is learned
@@ -157,7 +165,7 @@ class FerretForConditionalGeneration(FerretModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         if inputs_embeds is None:
             seen = () if pixel_values is None else self.read_image(pixel_values, region_points, region_mask)
-            inputs_embeds = self.embed_inputs(input_ids, *seen)
+            inputs_embeds = self.embed_inputs(input_ids, *seen, region_mask=region_mask)
         if dialogue_ids is not None:
             attention_mask = packed_attention_mask(dialogue_ids, inputs_embeds.dtype)
         return self.language_model(

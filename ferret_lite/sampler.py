@@ -48,13 +48,15 @@ def max_neighbours(
     if not needs_winner: return best
     return x.gather(1, neighbours.gather(2, winner.long()))  # the gradient goes to the winners
 
-# %% ../nbs/04_sampler.ipynb #4c67ba89
+# %% ../nbs/04_sampler.ipynb #69880940
 class SamplerBlock(nn.Module):
-    "One block: keep `num_points` of the points, and give each the features of its `k` neighbours (Eq. 1 and 2)."
+    """One block: keep `num_points` of the points, and give each the features of its `k` neighbours (Eq. 1 and 2).
+
+    Attributes: the layers `theta`, `sigma` and `norm` (None without it); `num_points`, `k`, `pool`, `expanded`."""
     def __init__(self,
         dim:int,         # Channels of a point
         num_points:int,  # Points kept
-        k:int=24,        # Neighbours of each; all points where there are fewer
+        k:int=24,        # Neighbours of each; all `n` points where there are fewer
         norm:bool=False, # ReLU and LayerNorm before the pooling, as in the release
         pool:str="max",  # "max" (Eq. 2) or "mean"
         expanded:bool=False, # The release's arithmetic of distances, see `knn`
@@ -82,7 +84,7 @@ class SamplerBlock(nn.Module):
         if self.norm is not None: h = self.norm(F.relu(h))
         return (h.amax(dim=2) if self.pool == "max" else h.mean(dim=2)), kept
 
-# %% ../nbs/04_sampler.ipynb #333f4a2d
+# %% ../nbs/04_sampler.ipynb #81a78277
 class RegionSampler(nn.Module):
     "The paper's sampler: two blocks, flatten, project to the language model."
     def __init__(self,
@@ -104,14 +106,14 @@ class RegionSampler(nn.Module):
         features:Tensor, # `(r, n, d)`
         points:Tensor,   # `(r, n, 2)` xy in [0, 1]
     )->Tensor:           # `(r, dim_out)`
-        "One vector per region. Raises `ValueError` if `n` is not `num_points[0]`."
+        "One vector per region; every point is taken as real. Raises `ValueError` if `n` is not `num_points[0]`."
         if points.shape[1] != self.num_points[0]:
             raise ValueError(f"{points.shape[1]} points a region, but the sampler takes {self.num_points[0]}: "
                              "draw as many as num_points[0]")
         for block in self.blocks: features, points = block(features, points)
         return self.dim_projector(self.flatten_projector(features.flatten(1)))
 
-# %% ../nbs/04_sampler.ipynb #cacac1a0
+# %% ../nbs/04_sampler.ipynb #8ce71c98
 class MeanPool(nn.Module):
     "The plain rival: the mean of the points' features, projected. Knows nothing of shape."
     def __init__(self,
@@ -124,7 +126,7 @@ class MeanPool(nn.Module):
     def forward(self,
         features:Tensor, # `(r, n, d)`
         points:Tensor,   # `(r, n, 2)`; (-1, -1) is no point, and its feature does not count
-    )->Tensor:           # `(r, dim_out)`
+    )->Tensor:           # `(r, dim_out)`; NaN for a region without any point
         "One vector per region."
         real = (points[..., :1] >= 0).float()  # (r, n, 1)
         weights = (real / real.sum(dim=1, keepdim=True)).to(features.dtype)

@@ -5,29 +5,36 @@
 # %% auto #0
 __all__ = ['scatter_features', 'packed_attention_mask']
 
-# %% ../nbs/15_splice.ipynb #b413b74a
+# %% ../nbs/15_splice.ipynb #61afa230
+from itertools import zip_longest
+
 import torch
 
-# %% ../nbs/15_splice.ipynb #db5ade41
+# %% ../nbs/15_splice.ipynb #f6be55cb
 def scatter_features(
     inputs_embeds, # `(b, s, d)`
     is_slot,       # `(b, s)` bool, the placeholders
     features,      # `(m, d)`, one for each placeholder in reading order
     what,          # word for the error: "image" or "region"
+    num_each=None, # `(b,)`, how many features each row has; None: only the total is compared
 ):                 # `(b, s, d)`
     """Put features in their placeholders' places. Raises `ValueError` when their numbers differ."""
-    num_slots = int(is_slot.sum())
-    if num_slots != len(features):
-        raise ValueError(f"{num_slots} {what} placeholders in the text, but {len(features)} {what} features. "
-                         f"Make text and {what}s with one call of the processor.")
+    counts = [("", int(is_slot.sum()), len(features))]
+    if num_each is not None:
+        rows = zip_longest(is_slot.sum(1).tolist(), num_each.tolist(), fillvalue=0)
+        counts += [(f"row {row}: ", *count) for row, count in enumerate(rows)]
+    for where, num_slots, num_features in counts:
+        if num_slots != num_features:
+            raise ValueError(f"{where}{num_slots} {what} placeholders in the text, but {num_features} {what} features. "
+                             f"Make text and {what}s with one call of the processor.")
     return inputs_embeds.masked_scatter(is_slot[..., None], features.to(inputs_embeds.dtype))
 
-# %% ../nbs/15_splice.ipynb #983e69ca
+# %% ../nbs/15_splice.ipynb #36b77c11
 def packed_attention_mask(
     dialogue_ids,        # `(b, s)` long: 0 the shared prefix, 1, 2, ... the dialogue a token belongs to, -1 padding
     dtype=torch.float32, # of the mask, the model's own
 ):                       # `(b, 1, s, s)` additive: 0 where a token may look, the dtype's minimum elsewhere
-    """Let each dialogue see the prefix and its own past, and no other dialogue. Nothing sees padding but itself."""
+    """Let each dialogue see the prefix and its own past, and no other. Padding is seen by its own position alone."""
     query, key = dialogue_ids[:, :, None], dialogue_ids[:, None, :]   # (b, s, 1), (b, 1, s)
     s = dialogue_ids.shape[1]
     causal = torch.ones(s, s, dtype=torch.bool, device=dialogue_ids.device).tril()

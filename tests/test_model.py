@@ -328,6 +328,18 @@ def test_what_does_not_fit_is_named(tiny, images, change, message):
     with pytest.raises(ValueError, match=message): model(**inputs)
 
 
+def test_regions_of_another_row_are_named(tiny, images):
+    processor, model = tiny
+    inputs = processor(images[:2], [TALK, ONE])
+    assert inputs["region_mask"].sum(1).tolist() == [2, 1]
+    inputs["region_mask"] = inputs["region_mask"].flip(0)  # the total is the same
+    with pytest.raises(ValueError, match="row 0: 2 region placeholders in the text, but 1 region features"):
+        model(**inputs)
+    slots, features = torch.tensor([[False, True, False], [True, True, False]]), torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="row 1: 2 region placeholders in the text, but 0 region features"):
+        scatter_features(torch.zeros(2, 3, 4), slots, features, "region", torch.tensor([1]))  # rows are missing
+
+
 @pytest.mark.parametrize("settings, message", [
     (dict(sampler_points=(8, 4)), "FerretConfig has no 'sampler_points'"), (dict(vision_layer=1), "no 'vision_layer'"),
     (dict(vision_feature_select_strategy="cls"), "'default' or 'full'"), (dict(sampler_pool="sum"), "pool is 'sum'"),
