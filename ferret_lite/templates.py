@@ -69,7 +69,7 @@ def join_texts(*lists)->list: # As `with_marks` gives them: each begins and ends
         out += parts[1:]
     return out
 
-# %% ../nbs/11_templates.ipynb #07ce39db
+# %% ../nbs/11_templates.ipynb #b171d8b7
 def read_chat_template(tokenizer)->ChatTemplate:
     """The frame that a tokenizer's chat template puts around turns. Raises `ValueError` if there is none to be read."""
     if not getattr(tokenizer, "chat_template", None):
@@ -77,8 +77,9 @@ def read_chat_template(tokenizer)->ChatTemplate:
     asks, says = "\u241fasks\u241f", "\u241fsays\u241f"  # nobody writes these
     talk = [{"role": role, "content": text} for role, text in (("user", asks), ("assistant", says), ("user", asks))]
     try:
-        plain, first, both = (tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add).split(asks)
-                              for turns, add in ((talk[:1], False), (talk[:1], True), (talk, True)))
+        cases = (talk[:1], False), (talk[:1], True), (talk, True)
+        plain, first, both = (tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asked)
+                              .split(asks) for turns, asked in cases)
         (opening, question_end), (between, rest) = first, both[1].split(says)
         if plain == first: question_end = between.rstrip(" ")  # it ignores `add_generation_prompt`
     except Exception as e:  # the program may raise whatever it likes
