@@ -28,11 +28,11 @@ class Phrase:
     rejected: list = field(default_factory=list)     # `Mention`s whose `problem` says why
     dialect: str = "ferret"                          # How the numbers are to be read
 
-# %% ../nbs/10_grounding.ipynb #81c9814b
+# %% ../nbs/10_grounding.ipynb #98bf1048
 DETERMINERS = frozenset("""a an the this that these those one two three four five six seven eight nine ten some several
 many few both all each every another his her its their my your our""".split())
 CLAUSE_WORDS = frozenset("is are was were be has have had see sees show shows contain contains but while".split())
-TAIL_WORDS = frozenset("is are was were at located and or : -".split())
+TAIL_WORDS = frozenset("is are was were at located and or : - [ [[".split())
 MAX_PHRASE = 300
 WORD = re.compile(r"\S+")
 
@@ -57,7 +57,7 @@ def find_phrase(
 
 
 def ends_clause(
-    names:list,  # Lower-case words between the previous box and this one
+    names:list,  # Words before the box in lower case, without quotes, stars, round brackets; with their `.,;:!?`
     i:int,
 )->bool:
     """True if the phrase must begin after word `i`."""
@@ -114,9 +114,11 @@ def phrase_boxes_px(
         pairs += [(p.text, d.to_px(values, width, height, num_bins or d.num_bins, rule)) for _, values in found]
     return pairs
 
-# %% ../nbs/10_grounding.ipynb #caea64ab
+# %% ../nbs/10_grounding.ipynb #58ca7d1a
 def check_coords(bins, dialect:str="ferret", num_bins:int|None=None)->tuple:
-    """The numbers as Python's own; `ValueError` for what `parse_answer` would reject."""
+    """The numbers as Python's own; `ValueError` for what `parse_answer` would reject.
+
+    `Dialect.check` gives the reason; before it, all dialects but Shikra's need whole numbers (3.0 counts)."""
     d, bins = get_dialect(dialect), np.asarray(bins).tolist()
     if dialect != "shikra" and any(v % 1 for v in bins):
         raise ValueError(f"{bins} are no whole bins: use `coords.quantize` first")
@@ -141,5 +143,6 @@ def format_phrase(
     num_bins:int|None=None, # Bins per axis; None: the dialect's
 )->str:                    # "two dogs [1, 2, 3, 4] and [5, 6, 7, 8]"
     """Write a phrase and all its boxes."""
-    d = get_dialect(dialect)
-    return d.write(text, [check_coords(bins, dialect, num_bins) for bins in boxes_bin], num_bins or d.num_bins)
+    d, boxes = get_dialect(dialect), [check_coords(bins, dialect, num_bins) for bins in boxes_bin]
+    if not boxes: raise ValueError("a phrase needs at least one box")
+    return d.write(text, boxes, num_bins or d.num_bins)

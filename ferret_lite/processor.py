@@ -108,7 +108,7 @@ class ProcessorSettings(ProcessorMixin):
         raise ValueError(f"{folder} holds {found or 'no processor'}, not a {cls.__name__}: give a folder that training "
                          "or save_pretrained wrote")
 
-# %% ../nbs/13_processor.ipynb #6bcd3ec3
+# %% ../nbs/13_processor.ipynb #1b6293ec
 class ExampleEncoder(ProcessorSettings):
     """What one image and its dialogues become."""
     def mask_points(
@@ -153,7 +153,7 @@ class ExampleEncoder(ProcessorSettings):
         return encoded, self.draw_points(dialogues, encoded.region_refs, image, rng)
 
     def make_batch(self, images, examples, **padding)->BatchFeature:
-        """Tensors of examples; see `pad_examples`."""
+        """Tensors of examples; see `pad_examples`. Without a pad token, EOS fills the rows."""
         pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return BatchFeature({"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
                              **pad_examples(examples, pad, **padding)})

@@ -24,11 +24,11 @@ from .records import PLACEHOLDER, Dialogue, Turn
 from .regions import region_coords
 from .templates import TINY, VICUNA, Mark, Template, join_texts, with_marks
 
-# %% ../nbs/12_prompt.ipynb #91c4be01
+# %% ../nbs/12_prompt.ipynb #299668ad
 REGION_TOKEN = "<region_fea>" # one new row of the vocabulary; its embedding is replaced by the region's feature
 
 def add_region_token(tokenizer)->int: # Its id
-    """Add `<region_fea>` to the vocabulary, once."""
+    """Add `<region_fea>` to the vocabulary, once. It takes the blanks on both sides with it (`lstrip`, `rstrip`)."""
     tokenizer.add_tokens([AddedToken(REGION_TOKEN, lstrip=True, rstrip=True, special=True)], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(REGION_TOKEN)
 
@@ -108,8 +108,10 @@ def piece_ids(
         else: ids += [_cached_ids(tokenizer, digit)[-1] for digit in word]
     return ids + _cached_ids(tokenizer, f"0{middle[-1]}")[zero:]
 
-# %% ../nbs/12_prompt.ipynb #f6466bdb
-def _check_turns(dialogue, where): # the cheap part of records.check_dialogue, for the training loop
+# %% ../nbs/12_prompt.ipynb #e1610ec6
+# The cheap part of `records.check_dialogue`, for the training loop: roles alternate, and the text mentions each
+# region, counted from 0. `where` opens the error message.
+def _check_turns(dialogue, where):
     roles, n = [turn.role for turn in dialogue.turns], len(dialogue.regions)
     if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise ValueError(f"{where}: turns must alternate user, assistant, user, ...; got {roles}")

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-# %% ../nbs/11_templates.ipynb #554cb9f3
+# %% ../nbs/11_templates.ipynb #75e1ec95
 @dataclass(frozen=True)
 class Template:
     """The words around the turns, as Vicuna wants them."""
@@ -19,7 +19,7 @@ class Template:
     user: str = "USER:"            # Stands before each question
     assistant: str = "ASSISTANT:"  # Stands before each answer
     image_end: str = "\n"          # Between the image and a dialogue's first question
-    bos, answer_end = True, ""     # Begins with the tokenizer's BOS, answers end with its EOS
+    bos, answer_end = True, ""     # No annotation, so constants: starts with BOS, answers end with EOS
 
     @property
     def opening(self): return f"{self.system} {self.user} ".lstrip()  # before the image
@@ -34,7 +34,7 @@ VICUNA = Template("A chat between a human and an AI that understands visuals. In
                   "Bounding box: [x1, y1, x2, y2]. Image size: 1000x1000. Follow instructions. ")
 TEMPLATES = {"tiny": TINY, "vicuna": VICUNA}
 
-# %% ../nbs/11_templates.ipynb #6b303bd2
+# %% ../nbs/11_templates.ipynb #7f5d23e3
 @dataclass(frozen=True)
 class ChatTemplate:
     """The same of another model. What spells a special token in these texts is one."""
@@ -48,6 +48,7 @@ class ChatTemplate:
 class Mark(int):
     """Id of a special token in a list of texts."""
 
+# Text of each added token -> its id
 def _added(tokenizer): return {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
 
 @lru_cache(maxsize=256)
@@ -62,13 +63,13 @@ def with_marks(
 
 def join_texts(*lists)->list: # As `with_marks` gives them: each begins and ends with a text
     """One list, the texts that meet made one."""
-    out = [*lists[0]]
+    out = [*lists[0]] if lists else []
     for parts in lists[1:]:
         out[-1] += parts[0]
         out += parts[1:]
     return out
 
-# %% ../nbs/11_templates.ipynb #2d8babdc
+# %% ../nbs/11_templates.ipynb #b171d8b7
 def read_chat_template(tokenizer)->ChatTemplate:
     """The frame that a tokenizer's chat template puts around turns. Raises `ValueError` if there is none to be read."""
     if not getattr(tokenizer, "chat_template", None):
@@ -76,9 +77,11 @@ def read_chat_template(tokenizer)->ChatTemplate:
     asks, says = "\u241fasks\u241f", "\u241fsays\u241f"  # nobody writes these
     talk = [{"role": role, "content": text} for role, text in (("user", asks), ("assistant", says), ("user", asks))]
     try:
-        first, both = (tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split(asks)
-                       for turns in (talk[:1], talk))
-        (opening, question_end), rest = first, both[1].split(says)[1]
+        cases = (talk[:1], False), (talk[:1], True), (talk, True)
+        plain, first, both = (tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asked)
+                              .split(asks) for turns, asked in cases)
+        (opening, question_end), (between, rest) = first, both[1].split(says)
+        if plain == first: question_end = between.rstrip(" ")  # it ignores `add_generation_prompt`
     except Exception as e:  # the program may raise whatever it likes
         raise ValueError(f"the tokenizer's chat template cannot be read ({type(e).__name__}: {e}): use one of "
                          f"{', '.join(TEMPLATES)}") from e
