@@ -158,7 +158,7 @@ class ExampleEncoder(ProcessorSettings):
         return BatchFeature({"pixel_values": self.image_processor(images, return_tensors="pt")["pixel_values"],
                              **pad_examples(examples, pad, **padding)})
 
-# %% ../nbs/13_processor.ipynb #615ad1ed
+# %% ../nbs/13_processor.ipynb #d25a4fd2
 SHIPPED = Path(str(files("ferret_lite")/"tiny"))  # folder of the tiny Ferret that comes with the package
 
 def as_dialogue(text, regions):
@@ -176,12 +176,13 @@ class FerretProcessor(ExampleEncoder):
 
     def __call__(
         self,
-        images,       # One image (path, PIL image or array), or a list
+        images,       # One image (path, PIL image or array) and one text, or lists of equal length
         text,         # A question with `[region0]`, ..., or a `Dialogue` up to its last question; or a list of them
         regions=None, # Of a plain question: its regions; for a list of questions a list of lists
     )->BatchFeature:  # Padded on the left: every row ends with "ASSISTANT:"
         """Questions, ready for `generate`."""
         if not isinstance(text, (list, tuple)): images, text, regions = [images], [text], [regions]
+        elif isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", 4) < 4: images = [images]
         regions = [None] * len(text) if regions is None else regions
         if not len(images) == len(text) == len(regions) > 0:
             raise ValueError(f"{len(images)} image(s), {len(text)} text(s) and {len(regions)} list(s) of regions: "
