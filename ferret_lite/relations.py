@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'RANKS', 'SAME', 'PREDICATES', 'ATTRIBUTES', 'NUMBERS', 'Thing', 'from_world', 'plural', 'full_name', 'named',
-           'fitting', 'own_phrases', 'brief_phrases', 'relation_table', 'Expression', 'Facts', 'deny', 'deny_briefly',
+           'fitting', 'own_phrases', 'brief_phrases', 'relation_table', 'Expression', 'Facts', 'deny',
            'closest_relation', 'same_pairs', 'counts_of']
 
 # %% ../nbs/28_relations.ipynb #886738de
@@ -154,28 +154,22 @@ class Facts:
                            bool(others[h, j] > 1 if count else others[h, j] == 1))
                 for h, j in np.argwhere(right).tolist()]
 
-# %% ../nbs/28_relations.ipynb #61b1a9d7
+# %% ../nbs/28_relations.ipynb #3010c8e0
 def deny(
     things:list[Thing],
     rng:np.random.Generator,
-)->str: # "red ring", "large red disc", "dotted red disc"
-    "A phrase that fits nothing: words of two objects, one word of one object changed, or any colour and shape."
+    like:str="red disc", # Whose form it takes: "disc", "red thing", "small red disc"
+)->str:                  # "star", "cyan thing", "large red disc"
+    "A phrase that fits nothing: words of several objects, one word of one object changed, or any words."
     choose = lambda items: items[rng.integers(len(items))]
+    kinds = {word: next((a for a in ATTRIBUTES if word in ATTRIBUTES[a]), None) for word in like.split()}
+    asked = [a for a in kinds.values() if a]
     while True:
-        a, b, kind = choose(things), choose(things), rng.integers(3)
-        words = dict(color=a.color, shape=b.shape)
-        if kind == 1:
-            changed = choose(list(ATTRIBUTES))
-            words = dict(color=a.color, shape=a.shape) | {changed: choose(ATTRIBUTES[changed])}
-        if kind == 2: words = {name: choose(ATTRIBUTES[name]) for name in words}
-        phrase = " ".join(words[name] for name in ("size", "fill", "color", "shape") if name in words)
-        if not fitting(things, phrase): return phrase
-
-def deny_briefly(things:list[Thing], rng:np.random.Generator)->str:
-    "A shape or a colour that nothing has: \"ring\", \"red thing\"."
-    absent = [f"{value}{after}" for name, after in (("shape", ""), ("color", " thing"))
-              for value in ATTRIBUTES[name] if not fitting(things, value)]
-    return absent[rng.integers(len(absent))]
+        kind, one = rng.integers(3), choose(things)
+        values = {a: getattr(one if kind else choose(things), a) for a in asked}
+        for a in (asked if kind == 2 else [choose(asked)] if kind else []): values[a] = choose(ATTRIBUTES[a])
+        phrase = " ".join(values.get(a, word) for word, a in kinds.items())
+        if not fitting(things, phrase.removesuffix(" thing")): return phrase
 
 # %% ../nbs/28_relations.ipynb #58ceb7c1
 def closest_relation(

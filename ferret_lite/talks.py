@@ -6,7 +6,7 @@
 __all__ = ['WORLD_TEMPLATES', 'WORLD_TASKS', 'WORLD_MIX', 'WRITERS', 'pick_share', 'Talk', 'trees', 'usually', 'world_items',
            'locate_thing', 'relate', 'compare', 'list_related', 'world_texts', 'world_words']
 
-# %% ../nbs/29_talks.ipynb #1765b78a
+# %% ../nbs/29_talks.ipynb #2bb3887e
 import re
 from collections.abc import Iterator
 
@@ -15,8 +15,8 @@ import numpy as np
 from .records import Dialogue, Turn
 from .regions import Box
 from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, Facts, brief_phrases, closest_relation, counts_of,
-                                   deny, deny_briefly, full_name, named, own_phrases, plural, same_pairs)
-from .tasks import BRIEF, HYBRID, TEMPLATES, capital, draw_region
+                                   deny, full_name, named, own_phrases, plural, same_pairs)
+from .tasks import HYBRID, TEMPLATES, capital, draw_region
 
 # %% ../nbs/29_talks.ipynb #5b552d2d
 WORLD_TEMPLATES = {
@@ -87,7 +87,7 @@ class Talk:
         parts = [f"{named(self.things[i].name)} {self.box(i)}" for i in order]
         return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "none"
 
-# %% ../nbs/29_talks.ipynb #6a4f8e2f
+# %% ../nbs/29_talks.ipynb #40f0ef57
 def trees(groups)->list:
     "The groups that are not empty."
     return [group for group in groups if group]
@@ -99,6 +99,16 @@ def usually(needed, rest)->list:
 def _by_predicate(table): # three of four expressions need their relation
     return trees([usually([e for e in found if e.needed], [e for e in found if not e.needed])
                   for found in table.values()])
+
+def _alike(*tables): # yes and no of the same form: a predicate and a kind of head that the image allows for both
+    found = [{}, {}]
+    for groups, table in zip(found, tables):
+        for predicate, expressions in table.items():
+            for e in expressions:
+                groups.setdefault((predicate, e.head.split()[-1] == "thing", " " in e.head), []).append(e)
+    both = [key for key in found[0] if key in found[1]]
+    return [[usually([e for e in groups[key] if e.needed], [e for e in groups[key] if not e.needed]) for key in both]
+            for groups in found] if both else []
 
 def _lists(facts): # (predicate, anchor) of lists without a doubtful member; one in three is empty
     groups = []
@@ -117,9 +127,7 @@ def world_items(
     n, alone = len(facts.things), [i for i, t in enumerate(facts.things) if facts.boxes[t.box] == 1]
     if task == "refer_box": return alone
     if task == "relate": return _by_predicate(facts.expressions)
-    if task == "exists_relation":
-        answers = [_by_predicate(table) for table in (facts.expressions, facts.denials)]
-        return answers if all(answers) else []
+    if task == "exists_relation": return _alike(facts.expressions, facts.denials)
     if task == "same":
         pairs = same_pairs(facts.things)
         return [[[(name, same, i, j) for i, j in pairs[name, same]] for same in (True, False)]
@@ -130,7 +138,7 @@ def world_items(
     if task not in WORLD_TASKS: raise ValueError(f"unknown task {task!r}: use one of {', '.join(WORLD_TASKS)}")
     return list(range(n))
 
-# %% ../nbs/29_talks.ipynb #630052c7
+# %% ../nbs/29_talks.ipynb #7d0c2c2d
 def locate_thing(talk, i):
     phrases = own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train
     what = talk.choose(phrases) if talk.train else phrases[0]
@@ -141,8 +149,10 @@ def relate(talk, e):
     talk.say("locate", f"the {talk.things[e.target].name} {talk.box(e.target)}", what=what)
 
 def _exists(talk, i):
-    if i is None: phrase = (deny_briefly if talk.train and talk.rng.random() < BRIEF else deny)(talk.things, talk.rng)
-    else: phrase = talk.choose(own_phrases(talk.things, i) + brief_phrases(talk.things, i) * talk.train)
+    # A phrase that is denied looks like one that is affirmed: else its length would give the answer away.
+    j = int(talk.rng.integers(len(talk.things))) if i is None else i
+    phrase = talk.choose(own_phrases(talk.things, j) + brief_phrases(talk.things, j) * talk.train)
+    if i is None: phrase = deny(talk.things, talk.rng, phrase)
     answer = f"no, there is no {phrase}" if i is None else f"yes, {named(talk.things[i].name)} {talk.box(i)}"
     talk.say("exists", answer, what=named(phrase))
 
