@@ -87,7 +87,7 @@ class Talk:
         parts = [f"{named(self.things[i].name)} {self.box(i)}" for i in order]
         return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "none"
 
-# %% ../nbs/29_talks.ipynb #40f0ef57
+# %% ../nbs/29_talks.ipynb #94b266df
 def trees(groups)->list:
     "The groups that are not empty."
     return [group for group in groups if group]
@@ -96,9 +96,8 @@ def usually(needed, rest)->list:
     "A tree in which `needed` is chosen three times of four."
     return trees([needed, needed, needed, rest]) if needed else rest
 
-def _by_predicate(table): # three of four expressions need their relation
-    return trees([usually([e for e in found if e.needed], [e for e in found if not e.needed])
-                  for found in table.values()])
+def _mostly_needed(found): # three of four expressions need their relation
+    return usually([e for e in found if e.needed], [e for e in found if not e.needed])
 
 def _alike(*tables): # yes and no of the same form: a predicate and a kind of head that the image allows for both
     found = [{}, {}]
@@ -107,8 +106,7 @@ def _alike(*tables): # yes and no of the same form: a predicate and a kind of he
             for e in expressions:
                 groups.setdefault((predicate, e.head.split()[-1] == "thing", " " in e.head), []).append(e)
     both = [key for key in found[0] if key in found[1]]
-    return [[usually([e for e in groups[key] if e.needed], [e for e in groups[key] if not e.needed]) for key in both]
-            for groups in found] if both else []
+    return [[_mostly_needed(groups[key]) for key in both] for groups in found] if both else []
 
 def _lists(facts): # (predicate, anchor) of lists without a doubtful member; one in three is empty
     groups = []
@@ -126,7 +124,7 @@ def world_items(
     "What a task can ask about in an image. Yes and no, and the numbers, come in equal shares."
     n, alone = len(facts.things), [i for i, t in enumerate(facts.things) if facts.boxes[t.box] == 1]
     if task == "refer_box": return alone
-    if task == "relate": return _by_predicate(facts.expressions)
+    if task == "relate": return trees(map(_mostly_needed, facts.expressions.values()))
     if task == "exists_relation": return _alike(facts.expressions, facts.denials)
     if task == "same":
         pairs = same_pairs(facts.things)
