@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-# Nothing here may reach the network, open a window, or start a crowd of threads.
+# Nothing here may reach the network, open a window, start a crowd of threads, or draw bars among checked messages.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'FLAG_HELP', 'RaisingParser', 'ask_parser', 'join_flags', 'read_region', 'check_mentions', 'give_answer',
-           'to_device', 'draw_answer', 'ask']
+           'draw_answer', 'ask']
 
 # %% ../nbs/69_ask.ipynb #7e0d706f
 import argparse
@@ -42,7 +42,7 @@ def ask_parser():
         option(flag, metavar=value, dest="regions", action="append", type=partial(_named, flag), help=FLAG_HELP[flag])
     option("--pen-width", type=float, metavar="W", help="pixels; for every --scribble")
     option("--model", metavar="DIR", help="a folder that training saved; default: the tiny Ferret that ships")
-    option("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, mps, ...; default: cpu")
+    option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...; default: a GPU where there is one, else cpu")
     option("--json", action="store_true", help="print one JSON object; draw only if --out is given")
     option("--out", metavar="PICTURE", help="where to draw; default: answer.png")
     return parser
@@ -116,13 +116,6 @@ def give_answer(
     return text, [(phrase, [round(float(v), 2) for v in box]) for phrase, box in boxes]
 
 
-def to_device(model, name):
-    """The model where it shall compute. Raises `ValueError` for a device that this machine lacks."""
-    try: return model.to(name)
-    except (RuntimeError, AssertionError) as e:  # torch has many words for it
-        raise ValueError(f"--device {name}: this machine has none ({str(e).splitlines()[0]}); use cpu") from e
-
-
 def draw_answer(out, image, question, regions, text, boxes):
     """Regions and boxes over the image."""
     from matplotlib.pyplot import close
@@ -142,7 +135,7 @@ def ask(argv):
     out = args.out or (None if args.json else "answer.png")
     if out and Path(out).exists() and os.path.samefile(out, args.image):
         raise ValueError(f"--out {out} is the image itself: choose another name")
-    from ferret_lite.model import SHIPPED, load_model
+    from ferret_lite.model import SHIPPED, load_model, to_device
     folder = args.model or SHIPPED
     model, processor = load_model(folder)
     text, boxes = give_answer(to_device(model, args.device), processor, image, args.question, regions)

@@ -65,6 +65,22 @@ def make_bar():
 
     class ScoresBar(RichProgressBar if terminal else TQDMProgressBar):
         def _get_train_description(self, epoch): return "training"
+        @property
+        def total_train_batches(self):  # of the whole run; Lightning takes off what a resumed run had done
+            run = self.trainer
+            return min(run.num_training_batches, run.max_steps * run.accumulate_grad_batches)
+
+        def on_train_epoch_start(self, trainer, module):
+            super().on_train_epoch_start(trainer, module)
+            done = trainer.global_step * trainer.accumulate_grad_batches
+            if not done or self.is_disabled: return
+            if terminal: self.progress.reset(self.train_progress_bar_id, completed=done, visible=True)
+            else: self.train_progress_bar.n = self.train_progress_bar.initial = done  # what its speed leaves out
+
+        def on_train_start(self, trainer, module):
+            super().on_train_start(trainer, module)
+            if trainer.global_step: self.on_train_epoch_start(trainer, module)  # amid an epoch nobody else calls it
+
         def get_metrics(self, trainer, module):
             metrics = super().get_metrics(trainer, module)
             return dict(short_metric(*item) for item in metrics.items() if item[0] != "v_num")

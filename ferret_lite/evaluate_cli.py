@@ -8,7 +8,6 @@ __all__ = ['OPTIONS', 'TASKS', 'answer_benchmark', 'print_scores', 'score_and_pr
 
 # %% ../nbs/70_evaluate_cli.ipynb #db462702
 import json as json_
-import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,7 @@ from .chats import ChatSettings
 from .data import FerretDataModule
 from .evaluate import report, write_scores, write_text
 from .metrics import score_markdown, score_table
-from .model import SHIPPED, load_model
+from .model import SHIPPED, load_model, to_device
 from .questions import DESCRIBE, benchmark_questions
 from .scorers import score_files, truth_files
 from .world_bench import world_bench
@@ -176,9 +175,6 @@ def check_words(task, annotations, predictions, data, out, format):
 
 def open_model(folder):
     """The folder's name, and model and processor; where there are GPUs, each process takes one."""
-    import torch
     folder = folder or SHIPPED
     model, processor = load_model(folder)
-    gpus = torch.cuda.device_count()
-    if gpus: model = model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}")
-    return folder, (model, processor)
+    return folder, (to_device(model), processor)

@@ -180,8 +180,9 @@ def list_related(talk, item, it=False):
     talk.it = found[0] if len(found) == 1 else None
 
 def _count(talk, item):
+    # The list comes first: then the number can be read off what was said.
     phrase, found = item
-    talk.say("count", (f"{NUMBERS[len(found)]}: " if found else "") + talk.listed(found), what=phrase)
+    talk.say("count", talk.listed(found) + f". {capital(NUMBERS[len(found)])}" * bool(found), what=phrase)
 
 def _count_only(talk, item): talk.say("count_only", NUMBERS[len(item[1])], what=item[0])
 
@@ -201,7 +202,7 @@ def world_texts()->Iterator[str]:
         for word in values:
             yield f"{named(word)} {box}, {capital(named(word))} {box} and the {word} {box}."
             yield plural(word) if name == "shape" else f"{word} things"
-    for number in NUMBERS: yield f"{number.capitalize()}: a thing {box}."
+    for number in NUMBERS: yield f"A thing {box}. {number.capitalize()}."
     yield f"Yes, both are red. No, the first is a disc {box} and the second is an L. It is red. The L. There is an L."
 
 def world_words()->list[str]:

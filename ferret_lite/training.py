@@ -228,7 +228,7 @@ class FerretModule(SpreadOut):
             return self.log("val/answer_loss", loss, batch_size=len(batch["labels"]), sync_dist=True)
         inputs = self.processor([q.example.image for q in batch], [q.dialogue for q in batch])
         with torch.compiler.set_stance("force_eager"):  # prompts come in many lengths: each would be compiled anew
-            self.val_results += zip(batch, answer(self.model, self.processor, inputs, max_new_tokens=64))
+            self.val_results += zip(batch, answer(self.model, self.processor, inputs, max_new_tokens=200))
 
     def on_validation_epoch_end(self):
         """Scores so far, beside the losses in the progress bar."""

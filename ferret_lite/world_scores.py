@@ -21,14 +21,18 @@ from .relations import NUMBERS, PREDICATES, Facts, full_name
 BRACKETS = re.compile(r"\s*\[[^\]]*\]")           # coordinates, or a mention such as [region0]
 
 def bare(text:str)->str:
-    '"Two: a red disc [1, 2, 3, 4] and ..." -> "two a red disc and ...": the words without what they point at.'
+    '"A red disc [1, 2, 3, 4]. One." -> "a red disc one": the words without what they point at.'
     return " ".join(re.findall(r"[^\W_]+", BRACKETS.sub("", text).lower()))
 
-def said_number(text:str)->int|None: # 0 to 8; None: no number at the start
-    "The number that an answer begins with: \"Three: a red disc ...\", \"None.\", \"3\"."
-    word = (bare(text).split() or [""])[0]
-    return NUMBERS.index(word) if word in NUMBERS else int(word) if word.isascii() and word.isdigit() else \
-        0 if word == "zero" else None
+def _number(word): # "three" -> 3, "zero" -> 0, "3" -> 3; None for other words
+    if word in NUMBERS: return NUMBERS.index(word)
+    return int(word) if word.isascii() and word.isdigit() else 0 if word == "zero" else None
+
+def said_number(text:str)->int|None: # 0 to 8; None: no number at the end or the start
+    "The number that an answer ends with, or else begins with: \"A red disc [..]. One.\", \"None.\", \"3: ...\"."
+    words = bare(text).split() or [""]
+    last, first = _number(words[-1]), _number(words[0])
+    return first if last is None else last
 
 # %% ../nbs/55_world_scores.ipynb #c3eeeb2a
 def list_right(

@@ -190,7 +190,8 @@ def test_resumed_losses_are_those_of_an_unbroken_run(trained, tmp_path, step):
     folder, *_ = trained
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(folder / "checkpoints" / f"step={step}.ckpt", tmp_path / "checkpoints" / "last.ckpt")
-    fit(TINY, tmp_path, "--ckpt_path", "last", "--report.num", "0")
+    out, _ = fit(TINY, tmp_path, "--ckpt_path", "last", "--report.num", "0", "--trainer.enable_progress_bar", "true")
+    assert "6/6" in out  # the bar counts the whole run's steps
     whole, rest = losses(folder), losses(tmp_path)
     assert sorted(rest) == list(range(step, 6))
     for i in rest: np.testing.assert_allclose(rest[i], whole[i], atol=1e-6, rtol=0, err_msg=f"step {i}")
@@ -274,7 +275,7 @@ ASK = [
     (["photo.png", "What is [region0]?", "--mask", "none.png"], "none.png"),
     (["photo.png", "What?", "--out", "photo.png"], "is the image itself"),
     (["photo.png", "What?", "--model", "none"], "none is no folder"),
-    (["photo.png", "What?", "--device", "cuda:99"], "--device cuda:99: this machine has none"),
+    (["photo.png", "What?", "--device", "cuda:99"], "device cuda:99: this machine has none"),
 ]
 
 

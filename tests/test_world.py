@@ -350,7 +350,8 @@ def test_the_true_answer_is_right_and_another_is_not(seed, index, split):
 
 
 def test_counting():
-    assert [said_number(t) for t in ("Three: a red disc [1, 2, 3, 4]", "None.", "8", "many", "", "zero")] == [3, 0, 8, None, None, 0]
+    assert [said_number(t) for t in ("Three: a red disc [1, 2, 3, 4]", "A red disc [1, 2, 3, 4]. One.", "None.", "8", "many", "", "zero")] == [
+        3, 1, 0, 8, None, None, 0]
     scores = counting_score(["Two.", "None.", "a lot", "Five."], [2, 1, 3, 5])
     assert scores["counting/accuracy"].value == .5 and scores["counting/within one"].value == .75
 
