@@ -159,13 +159,14 @@ def deny(
     things:list[Thing],
     rng:np.random.Generator,
     like:str="red disc", # Whose form it takes: "disc", "red thing", "small red disc"
+    hard:float=1/3,      # Share of the first kind, in which every word fits something in the image
 )->str:                  # "star", "cyan thing", "large red disc"
     "A phrase that fits nothing: words of several objects, one word of one object changed, or any words."
     choose = lambda items: items[rng.integers(len(items))]
     kinds = {word: next((a for a in ATTRIBUTES if word in ATTRIBUTES[a]), None) for word in like.split()}
     asked = [a for a in kinds.values() if a]
     while True:
-        kind, one = rng.integers(3), choose(things)
+        kind, one = 0 if rng.random() < hard else rng.integers(1, 3), choose(things)
         values = {a: getattr(one if kind else choose(things), a) for a in asked}
         for a in (asked if kind == 2 else [choose(asked)] if kind else []): values[a] = choose(ATTRIBUTES[a])
         phrase = " ".join(values.get(a, word) for word, a in kinds.items())

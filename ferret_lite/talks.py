@@ -147,10 +147,11 @@ def relate(talk, e):
     talk.say("locate", f"the {talk.things[e.target].name} {talk.box(e.target)}", what=what)
 
 def _exists(talk, i):
-    # A phrase that is denied looks like one that is affirmed: else its length would give the answer away.
+    # A phrase that is denied looks like one that is affirmed: else its length would give the answer away. In training
+    # its words mostly stand in the image, on different things: else it would do to look for each word by itself.
     j = int(talk.rng.integers(len(talk.things))) if i is None else i
     phrase = talk.choose(own_phrases(talk.things, j) + brief_phrases(talk.things, j) * talk.train)
-    if i is None: phrase = deny(talk.things, talk.rng, phrase)
+    if i is None: phrase = deny(talk.things, talk.rng, phrase, hard=.7 if talk.train else 1/3)
     answer = f"no, there is no {phrase}" if i is None else f"yes, {named(talk.things[i].name)} {talk.box(i)}"
     talk.say("exists", answer, what=named(phrase))
 

@@ -159,7 +159,7 @@ def check_exchange(question, answer, dialogue, seen, it, size):
         return said[0] if len(said) == 1 else None
     elif m := re.fullmatch(r"(?:How many|Give the number of) (\w+(?: things)?)(?: are there\?|\.)", question):
         true = fits(seen, m[1])
-        assert NUMBER[re.match(r"\w+", answer)[0].lower()] == len(true)
+        assert NUMBER[re.search(r"(\w+)\.$", answer)[1].lower()] == len(true)
         if question.startswith("How"): assert set(said) == set(true) and len(said) == len(true)
     elif question == "Describe the image.": assert set(said) == set(seen) and len(said) == len(seen)
     elif m := re.fullmatch(r"(?:What color|What size) is it\?|Is it plain, striped or dotted\?", question):
