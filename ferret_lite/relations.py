@@ -165,6 +165,8 @@ def deny(
     choose = lambda items: items[rng.integers(len(items))]
     kinds = {word: next((a for a in ATTRIBUTES if word in ATTRIBUTES[a]), None) for word in like.split()}
     asked = [a for a in kinds.values() if a]
+    if len(asked) == 1 and {getattr(t, asked[0]) for t in things} == set(ATTRIBUTES[asked[0]]):
+        return deny(things, rng, things[0].name, hard)  # all eight colours are there: no single one can be denied
     while True:
         kind, one = 0 if rng.random() < hard else rng.integers(1, 3), choose(things)
         values = {a: getattr(one if kind else choose(things), a) for a in asked}

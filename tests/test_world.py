@@ -11,7 +11,7 @@ from PIL import Image
 from ferret_lite.prompt import build_tiny_tokenizer, plain_tokenizer
 from ferret_lite.records import check_dialogue
 from ferret_lite.regions import Box, region_mask
-from ferret_lite.relations import ATTRIBUTES, PREDICATES, Facts, from_world
+from ferret_lite.relations import ATTRIBUTES, PREDICATES, Facts, deny, fitting, from_world
 from ferret_lite.scenes import SPLITS, scene_mask
 from ferret_lite.talks import WORLD_TASKS, WORLD_TEMPLATES, world_texts, world_words
 from ferret_lite.textures import Photos
@@ -347,6 +347,15 @@ def test_the_true_answer_is_right_and_another_is_not(seed, index, split):
                   ("x1", "y1", "x2", "y2")])) for m in re.finditer(r"\[region(\d+)\]", text)]
         if task != "describe_region": assert judge_world(task, text, text, pairs, pairs)["right"] == 1
         assert judge_world(task, "A pig.", text, [], pairs)["right"] == 0
+
+
+def test_something_is_denied_where_all_eight_colors_are_there():
+    """No "<color> thing" is missing then: another phrase must be found, and the search must end."""
+    things = next(found for i in range(200) if len(found := from_world(make_world(0, i))) == 8)
+    for thing, color in zip(things, WORLD_COLORS): thing.color = color
+    for seed in range(20):
+        phrase = deny(things, np.random.default_rng(seed), "blue thing")
+        assert not fitting(things, phrase.removesuffix(" thing"))
 
 
 def test_counting():
