@@ -199,7 +199,7 @@ def to_device(
     name = name or (f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu")
     try: return model.to(name)
     except (RuntimeError, AssertionError) as e:  # torch has many words for it
-        raise ValueError(f"device {name}: this machine has none ({str(e).splitlines()[0]}); use cpu") from e
+        raise ValueError(f"--device {name}: this machine has none ({str(e).splitlines()[0]}); use cpu") from e
 
 
 AutoModelForImageTextToText.register(FerretConfig, FerretForConditionalGeneration)

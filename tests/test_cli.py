@@ -275,7 +275,7 @@ ASK = [
     (["photo.png", "What is [region0]?", "--mask", "none.png"], "none.png"),
     (["photo.png", "What?", "--out", "photo.png"], "is the image itself"),
     (["photo.png", "What?", "--model", "none"], "none is no folder"),
-    (["photo.png", "What?", "--device", "cuda:99"], "device cuda:99: this machine has none"),
+    (["photo.png", "What?", "--device", "cuda:99"], "--device cuda:99: this machine has none"),
 ]
 
 
