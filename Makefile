@@ -29,7 +29,7 @@ test: $(VENV)/.installed  ## run the tests and every notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 1 --durations 10 $(ARGS)
 
 bench: $(VENV)/.installed  ## run every benchmark and print its ratios
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for script in benchmarks/*_*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 docs: $(VENV)/.installed-docs  ## build the book and check it: docs/_build/html/index.html
 	$(BIN)/python docs/build.py $(ARGS)

@@ -18,16 +18,13 @@ After each arm `table.json` is written anew; its copy as `benchmarks/ablate_nega
 """
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
+from trainings import do, fit, stage, trained_model
+
 ARMS = {"with": "with_negatives", "without": "without_negatives"}
 KINDS = ("mixed", "changed", "random")  # of negatives
 SCORES = {"accuracy": "existence accuracy", "yes ratio": "yes ratio", "yes": "right where it is there",
@@ -35,26 +32,11 @@ SCORES = {"accuracy": "existence accuracy", "yes ratio": "yes ratio", "yes": "ri
           "no mixed": "right, colour and shape mixed", "REC": "REC acc@0.5", "refer": "refer point"}
 
 
-def stage(settings, loss, **changes):
-    "The recipe's stage of a loss, with some fields changed."
-    return json.dumps([{**s, **changes} for s in settings["data"]["stages"] if s["loss"] == loss])
-
-
-def fit(run, data, seed, stages, start=None):
-    "The words of one training. What an interrupted run has reached is taken up."
-    words = ["fit", "--config", str(RECIPE), "--data.format", "grit", "--data.root", str(data), "--seed_everything",
-             str(seed), "--data.seed", str(seed), "--trainer.default_root_dir", str(run), "--data.stages", stages,
-             "--report.num", "0"]
+def fit_on(run, data, seed, stages, start=None, more=()):
+    "The words of one training on a build, from a trained model or from nothing."
+    words = ["--data.format", "grit", "--data.root", str(data)]
     if start: words += ["--model.init_from", str(start / "model"), "--data.processor", str(start / "model")]
-    return words + (["--ckpt_path", "last"] if (run / "checkpoints" / "last.ckpt").is_file() else [])
-
-
-def do(words, folder, run):
-    "Run `ferret-lite`, or say what would be run; whether its result is there."
-    if (folder / "card.md").is_file() or (folder / "model" / "model.safetensors").is_file(): return True
-    print("ferret-lite", shlex.join(words), flush=True)
-    if run: subprocess.run([sys.executable, "-c", "from ferret_lite.cli import main; main()", *words], check=True)
-    return run
+    return fit(run, seed, stages, [*words, *more])
 
 
 def absent_names(objects, kind):
@@ -149,19 +131,19 @@ def main():
     parser.add_argument("--num", type=int, default=500, help="questions of each kind")
     parser.add_argument("--run", action="store_true", help="train; without it the commands that are left are printed")
     args, more = parser.parse_known_args()  # the rest goes to every fit
-    settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     data, encoder = {arm: args.root / "data" / name for arm, name in ARMS.items()}, args.root / "encoder"
-    for arm, name in ARMS.items(): do(["grit", "build", name, "--out", str(data[arm])], data[arm], args.run)
+    for arm, name in ARMS.items():
+        do(["grit", "build", name, "--out", str(data[arm])], data[arm] / "card.md", args.run)
     start = args.root / "start"
-    words = fit(encoder, data["with"], 0, stage(settings, "dense", steps=args.dense_steps))  # it knows all words
-    do([*words, *more], encoder, args.run)
-    words = fit(start, data["without"], 0, stage(settings, "answers", steps=args.start_steps), encoder)
-    if do([*words, *more], start, args.run): score_run(start, args)
+    words = fit_on(encoder, data["with"], 0, stage("dense", steps=args.dense_steps), more=more)  # it knows all words
+    do(words, trained_model(encoder), args.run)
+    words = fit_on(start, data["without"], 0, stage("answers", steps=args.start_steps), encoder, more)
+    if do(words, trained_model(start), args.run): score_run(start, args)
     for seed in args.seeds:
         for arm in ARMS:
             run = args.root / f"{arm}_{seed}"
-            words = fit(run, data[arm], seed, stage(settings, "answers", steps=args.steps, lr=args.lr), start)
-            if do([*words, *more], run, args.run) and score_run(run, args):
+            words = fit_on(run, data[arm], seed, stage("answers", steps=args.steps, lr=args.lr), start, more)
+            if do(words, trained_model(run), args.run) and score_run(run, args):
                 print(write_table(args.root, args), flush=True)
     print(write_table(args.root, args))
 

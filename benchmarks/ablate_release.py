@@ -16,15 +16,11 @@ last checkpoint; so the script can be stopped and started at will. After each ru
 copy as `benchmarks/ablate_release.json` the page "Paper or code?" shows."""
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-import yaml
+from trainings import do, fit, stage, trained_model
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 SWITCHES = {  # name -> fields of FerretConfig, attributes of the processor
     "paper": ({}, {}),
     "transposed": ({"region_transposed": True}, {}),
@@ -38,26 +34,6 @@ SWITCHES = {  # name -> fields of FerretConfig, attributes of the processor
 }
 TASKS = {"point": "refer_point", "box": "refer_box", "free-form": "refer_free_form"}
 FORMS = {"hybrid": "", "feature alone": "feature"}
-
-
-def stage(settings, loss, steps):
-    "The recipe's stage of a loss, with other steps, as `--data.stages` takes it."
-    return json.dumps([{**s, "steps": steps} for s in settings["data"]["stages"] if s["loss"] == loss])
-
-
-def fit(run, seed, stages, more):
-    "The words of one training without a test. What an interrupted run has reached is taken up."
-    words = ["fit", "--config", str(RECIPE), "--seed_everything", str(seed), "--data.seed", str(seed), "--report.num",
-             "0", "--trainer.default_root_dir", str(run), "--data.stages", stages, *more]
-    return words + (["--ckpt_path", "last"] if (run / "checkpoints" / "last.ckpt").is_file() else [])
-
-
-def do(words, run, really):
-    "Run `ferret-lite`, or say what would be run; whether a trained model is there."
-    if (run / "model" / "model.safetensors").is_file(): return True
-    print("ferret-lite", shlex.join(words), flush=True)
-    if really: subprocess.run([sys.executable, "-c", "from ferret_lite.cli import main; main()", *words], check=True)
-    return really
 
 
 def write_switched(start, name, folder):
@@ -114,21 +90,20 @@ def main():
     parser.add_argument("--num", type=int, default=400, help="held-out questions of each kind")
     parser.add_argument("--run", action="store_true", help="train; without it the commands that are left are printed")
     args, more = parser.parse_known_args()  # the rest goes to every fit
-    settings = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     more = ["--model.compile", "false", *more]  # compiling would take longer than such a run gains by it
     for seed in args.seeds:
         start = args.root / f"start_{seed}"
-        ready = do(fit(start, seed, stage(settings, "dense", args.dense_steps), more), start, args.run)
+        ready = do(fit(start, seed, stage("dense", steps=args.dense_steps), more), trained_model(start), args.run)
         for name in args.only:
             run, begin = args.root / f"{name.replace(' ', '_')}_{seed}", args.root / f"begin_{name.replace(' ', '_')}"
             if (run / "scores.json").is_file(): continue
-            if name == "random points": trained = args.root / f"paper_{seed}"
-            else: trained = run
-            if ready and args.run and trained == run: write_switched(start / "model", name, begin)
-            words = fit(trained, seed, stage(settings, "answers", args.steps), [
+            trained = args.root / f"paper_{seed}" if name == "random points" else run
+            new = trained == run and not trained_model(run).is_file()
+            if ready and args.run and new: write_switched(start / "model", name, begin)
+            words = fit(trained, seed, stage("answers", steps=args.steps), [
                 "--model.init_from", str(begin), "--data.processor", str(begin), "--data.mix", '{"refer": 1.0}',
                 "--data.max_length", "192", "--trainer.limit_val_batches", "0", *more])
-            if not do(words, trained, args.run) or not args.run: continue
+            if not do(words, trained_model(trained), args.run) or not args.run: continue
             run.mkdir(exist_ok=True)
             (run / "scores.json").write_text(json.dumps(score_model(trained / "model", name, args.num), indent=1) + "\n")
             print(write_table(args.root, args.seeds), flush=True)

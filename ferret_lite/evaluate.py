@@ -18,8 +18,8 @@ import numpy as np
 from .answering import answer_questions, said_boxes
 from .coords import box_iou
 from .files import open_image, write_atomic
-from .metrics import (Score, description_score, existence_score, first_word, plain, rec_score,
-                                 referring_score, score_markdown)
+from .metrics import (Score, description_score, existence_score, plain, rec_score, referring_score,
+                                 score_markdown, yes_or_no)
 from .plotting import contact_sheet, save_figure
 from .questions import MENTIONS, judge, question_sets, score_questions, true_boxes
 from .records import find_placeholders
@@ -72,7 +72,7 @@ def score_set(
     title, truth = TITLES[name], [q.dialogue.turns[-1].text for q in questions]
     if name in WORLD_TITLES and name != "relate":
         return score_world(name, answers, truth, [judge(q, a) for q, a in zip(questions, answers)])
-    if name == "exists": scores = existence_score(answers, [first_word(t) for t in truth], name=title)
+    if name == "exists": scores = existence_score(answers, [yes_or_no(t) for t in truth], name=title)
     elif name in ("locate", "relate"): scores = _score_boxes(title, questions, answers, blind)
     elif name == "describe": scores = _score_descriptions(title, questions, answers, blind)
     else: scores = referring_score(answers, [plain(t) for t in truth], majority=plain(blind.name), name=title)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'COLUMNS', 'Score', 'ratio', 'check_lengths', 'wilson', 'bootstrap', 'proportion', 'average', 'paired_iou',
-           'rec_score', 'plain', 'same_name', 'mentions_name', 'referring_score', 'first_word', 'pope_rule',
+           'rec_score', 'plain', 'same_name', 'mentions_name', 'referring_score', 'yes_or_no', 'pope_rule',
            'existence_score', 'match_pairs', 'description_score', 'over_seeds', 'score_row', 'score_table',
            'score_markdown']
 
@@ -143,9 +143,10 @@ def referring_score(
                                             bootstrap(lambda i: macro(hits[i], ids[i]), len(hits)))}
 
 # %% ../nbs/52_metrics.ipynb #cf0c9e4c
-def first_word(text:str)->bool|None:
-    """True for "Yes ...", False for "No ...", None for anything else (always wrong)."""
-    return {"yes": True, "no": False}.get(plain(text).split(" ")[0])
+def yes_or_no(text:str)->bool|None:
+    """True for "Yes ..." or "... Yes.", False for "No ..." or "... No.", None for anything else (always wrong)."""
+    words, means = plain(text).split(" "), {"yes": True, "no": False}
+    return means.get(words[0], means.get(words[-1]))
 
 def pope_rule(text:str)->bool:
     """POPE's released rule: "No", "no" or "not" as a word of the first sentence means no, all else yes."""
@@ -155,7 +156,7 @@ def pope_rule(text:str)->bool:
 def existence_score(
     answers,                  # Answers to "Is there a blue ring?"
     truth,                    # List of bool
-    rule:Callable=first_word, # `first_word` or `pope_rule`
+    rule:Callable=yes_or_no,  # `yes_or_no` or `pope_rule`
     name:str="existence",
 )->dict:                      # "existence/accuracy", ... -> `Score`
     """POPE's five numbers. `chance` tosses a coin, `baseline` always says yes (accuracy: the better of yes and no)."""

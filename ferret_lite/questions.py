@@ -20,7 +20,7 @@ from .answering import said_boxes
 from .coords import box_iou
 from .data import Question, make_questions
 from .grounding import find_phrase
-from .metrics import first_word, match_pairs, plain, same_name
+from .metrics import match_pairs, plain, same_name, yes_or_no
 from .predictions import by_key, image_key, read_lists, read_rows
 from .predictions import image_size as row_size
 from .records import Dialogue, Turn, find_placeholders
@@ -51,7 +51,7 @@ def judge(
     truth = question.dialogue.turns[-1].text
     if question.task in WORLD_TITLES: return judge_full(question, text, truth)
     if question.task.startswith(("refer", "same_box")): return {"right": float(same_name(text, plain(truth)))}
-    if question.task == "exists": return {"right": float(first_word(text) == first_word(truth))}
+    if question.task == "exists": return {"right": float(yes_or_no(text) == yes_or_no(truth))}
     said, true = said_boxes(question, text), true_boxes(question)
     iou = box_iou(*(np.reshape([b for _, b in pairs], (-1, 4)) for pairs in (said, true)))  # (said, true)
     if question.task == "locate":

@@ -14,8 +14,9 @@ import numpy as np
 
 from .records import Dialogue, Turn
 from .regions import Box
-from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, Facts, brief_phrases, closest_relation, counts_of,
-                                   deny, full_name, named, own_phrases, plural, same_pairs)
+from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, RANKS, Facts, attributes_in, brief_phrases,
+                                   closest_relation, counts_of, deny, fitting, full_name, name_with, named, own_phrases,
+                                   plural, same_pairs)
 from .tasks import HYBRID, TEMPLATES, capital, draw_region
 
 # %% ../nbs/29_talks.ipynb #5b552d2d
@@ -56,10 +57,11 @@ class Talk:
         while isinstance(tree, list): tree = tree[self.rng.integers(len(tree))]
         return tree
 
-    def say(self, question:str, answer:str, **words):
-        "Add a question, by its key in `WORLD_TEMPLATES`, and its answer, which becomes a sentence."
+    def say(self, question:str, *answer:str, **words):
+        "Add a question, by its key in `WORLD_TEMPLATES`, and its answer, whose parts become sentences."
         text = WORLD_TEMPLATES[question][self.rng.integers(3) if self.train else 0].format(**words)
-        self.turns += [Turn("user", capital(text)), Turn("assistant", capital(answer) + ".")]
+        self.turns += [Turn("user", capital(text)),
+                       Turn("assistant", " ".join(f"{capital(sentence)}." for sentence in answer))]
 
     def done(self, task:str)->Dialogue: return Dialogue(self.turns, self.regions, task)
 
@@ -81,10 +83,10 @@ class Talk:
         alone = self.facts.boxes[self.things[i].box] == 1
         return self.choose(["point", "box", "free-form"] if alone else ["free-form"])
 
-    def listed(self, indices)->str:
-        "\"a red disc [region0] and a blue ring [region1]\", from left to right; \"none\"."
+    def listed(self, indices, attributes=())->str:
+        "\"a red disc [region0] and a blue ring [region1]\", from left to right, see `name_with`; \"none\"."
         order = sorted(indices, key=lambda i: self.things[i].box[:2])
-        parts = [f"{named(self.things[i].name)} {self.box(i)}" for i in order]
+        parts = [f"{named(name_with(self.things[i], attributes))} {self.box(i)}" for i in order]
         return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "none"
 
 # %% ../nbs/29_talks.ipynb #94b266df
@@ -152,14 +154,17 @@ def _exists(talk, i):
     j = int(talk.rng.integers(len(talk.things))) if i is None else i
     phrase = talk.choose(own_phrases(talk.things, j) + brief_phrases(talk.things, j) * talk.train)
     if i is None: phrase = deny(talk.things, talk.rng, phrase, hard=.7 if talk.train else 1/3)
-    answer = f"no, there is no {phrase}" if i is None else f"yes, {named(talk.things[i].name)} {talk.box(i)}"
-    talk.say("exists", answer, what=named(phrase))
+    looked_at = fitting(talk.things, phrase.removesuffix(" thing").split()[-1])     # all discs, all red things
+    talk.say("exists", talk.listed(looked_at, attributes_in(phrase)), "no" if i is None else "yes", what=named(phrase))
 
 def _exists_relation(talk, e):
-    what = f"{e.head} {talk.facts.clause(e.predicate, e.anchor)}"
-    yes = e.target is not None
-    answer = f"yes, {named(talk.things[e.target].name)} {talk.box(e.target)}" if yes else f"no, there is no {what}"
-    talk.say("exists", answer, what=named(what))
+    # A "thing" may be anything: then only what fits the whole question is told.
+    noun, attributes = e.head.removesuffix("thing").strip(), {"size"} if e.predicate in RANKS else ()
+    fits = [] if e.target is None else [e.target]
+    looked_at = [i for i in fitting(talk.things, noun) if i != e.anchor] if noun else fits
+    anchor = f"the {name_with(talk.things[e.anchor], attributes)} {talk.box(e.anchor)}"
+    talk.say("exists", anchor, talk.listed(looked_at, attributes), "yes" if fits else "no",
+             what=named(f"{e.head} {talk.facts.clause(e.predicate, e.anchor)}"))
 
 def _describe_region(talk, i):
     found, region = closest_relation(talk.facts, i), talk.mark(i)
@@ -169,10 +174,9 @@ def _describe_region(talk, i):
 def compare(talk, item, a=None):
     name, same, i, j = item
     u, v = (getattr(talk.things[k], name) for k in (i, j))
-    is_shape = name == "shape"
-    yes, no = f"yes, both are {plural(u) if is_shape else u}", "no, the first is {} and the second is {}"
-    answer = yes if same else no.format(*map(named, (u, v))) if is_shape else no.format(u, v)
-    talk.say("same", answer, a=a or talk.mark(i), b=talk.mark(j), attribute=name)
+    if name == "shape": u, v = named(u), named(v)
+    talk.say("same", f"the first is {u} and the second is {v}", "yes" if same else "no",
+             a=a or talk.mark(i), b=talk.mark(j), attribute=name)
 
 def list_related(talk, item, it=False):
     predicate, j = item
@@ -183,7 +187,7 @@ def list_related(talk, item, it=False):
 def _count(talk, item):
     # The list comes first: then the number can be read off what was said.
     phrase, found = item
-    talk.say("count", talk.listed(found) + f". {capital(NUMBERS[len(found)])}" * bool(found), what=phrase)
+    talk.say("count", *[talk.listed(found)] * bool(found), NUMBERS[len(found)], what=phrase)
 
 def _count_only(talk, item): talk.say("count_only", NUMBERS[len(item[1])], what=item[0])
 
@@ -198,13 +202,13 @@ def world_texts()->Iterator[str]:
     for question in [q for texts in (*TEMPLATES.values(), *WORLD_TEMPLATES.values()) for q in texts]:
         for attribute in ATTRIBUTES:
             yield question.format(region=box, a=box, b=box, attribute=attribute, what="it", name="it", a_name="a thing")
-    for predicate in PREDICATES: yield f"No, there is no thing {predicate} the thing {box}."
+    for predicate in PREDICATES: yield f"It is {predicate} the thing {box}. No."
     for name, values in ATTRIBUTES.items():
         for word in values:
             yield f"{named(word)} {box}, {capital(named(word))} {box} and the {word} {box}."
             yield plural(word) if name == "shape" else f"{word} things"
     for number in NUMBERS: yield f"A thing {box}. {number.capitalize()}."
-    yield f"Yes, both are red. No, the first is a disc {box} and the second is an L. It is red. The L. There is an L."
+    yield f"The first is a disc and the second is an L. Yes. It is red. The L {box}. There is an L."
 
 def world_words()->list[str]:
     "The closed vocabulary, sorted."

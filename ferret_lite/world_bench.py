@@ -16,7 +16,7 @@ from .answering import answer_questions
 from .coords import quantize
 from .data import Question, SceneExamples
 from .grounding import format_coords
-from .metrics import average, first_word, plain
+from .metrics import average, plain, yes_or_no
 from .questions import judge
 from .records import PLACEHOLDER
 from .regions import region_coords
@@ -88,7 +88,7 @@ def rule_verdict(question, text)->float:
     if task.startswith("refer_"): return word_share(text, truth)
     if task == "compound":  # "A red disc. No, there is no blue ring."
         (name, _, rest), (true, _, true_rest) = text.partition("."), truth.partition(".")
-        return (word_share(name, true) + (first_word(rest) == first_word(true_rest))) / 2
+        return (word_share(name, true) + (yes_or_no(rest) == yes_or_no(true_rest))) / 2
     verdict = judge(question, text)
     return float(np.mean([v for k, v in verdict.items() if k != "iou"]))  # lists, descriptions: also in part
 

@@ -12,8 +12,8 @@ import re
 import numpy as np
 
 from .coords import box_iou
-from .metrics import (average, check_lengths, existence_score, first_word, match_pairs, paired_iou, plain,
-                                 proportion, same_name)
+from .metrics import (average, check_lengths, existence_score, match_pairs, paired_iou, plain,
+                                 proportion, same_name, yes_or_no)
 from .regions import Box, region_mask
 from .relations import NUMBERS, PREDICATES, Facts, full_name
 
@@ -91,7 +91,7 @@ def judge_world(
     if task == "relate":
         iou = float(paired_iou([said[0][1]], [true[0][1]])[0]) if len(said) else 0.0
         return {"right": float(iou >= .5), "iou": iou}
-    if task in ("exists_relation", "same"): return {"right": float(first_word(answer) == first_word(truth))}
+    if task in ("exists_relation", "same"): return {"right": float(yes_or_no(answer) == yes_or_no(truth))}
     if task == "which": return {"right": float(list_right(said, true) == 1 and bool(true) == (bare(answer) != "none")),
                                 "F1": list_right(said, true)}
     if task.startswith("count"):
@@ -130,7 +130,7 @@ def score_world(
     "One task's scores: yes or no and numbers beside chance and a blind guess, all else by its verdicts."
     title, keys = WORLD_TITLES[task], judged[0].keys()
     if task in ("exists_relation", "same"):
-        scores = existence_score(answers, [first_word(t) for t in truth], name=title)
+        scores = existence_score(answers, [yes_or_no(t) for t in truth], name=title)
         return {key: score for key, score in scores.items() if key.endswith(("accuracy", "yes ratio"))}
     scores = counting_score(answers, [said_number(t) for t in truth], title) if task.startswith("count") else {}
     return scores | {f"{title}/{key}": average([j[key] for j in judged])

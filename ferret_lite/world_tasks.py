@@ -24,8 +24,8 @@ from .world import HOLLOW, make_world
 # %% ../nbs/30_world_tasks.ipynb #72677526
 def _check(talk, predicate, j, yes): # "Is it left of the red ring?"; the false ones say the opposite
     opposite = (SIDES | RANKS)[predicate]
-    answer = f"{'yes' if yes else 'no'}, it is {predicate} {talk.facts.anchor(predicate, j)} {talk.box(j)}"
-    talk.say("check", answer, what=talk.facts.clause(predicate if yes else opposite, j))
+    talk.say("check", f"it is {predicate} {talk.facts.anchor(predicate, j)} {talk.box(j)}", "yes" if yes else "no",
+             what=talk.facts.clause(predicate if yes else opposite, j))
 
 def _follow_ups(talk): # kind -> tree of items, for the object that "it" is
     i, table = talk.it, talk.facts.table

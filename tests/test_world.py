@@ -125,6 +125,26 @@ def marked(dialogue, seen, index, size):
     return max(seen, key=lambda o: (o.mask & mask).sum() / mask.sum())
 
 
+def affirms(answer):
+    """Yes or no, which is the last word and a sentence of its own."""
+    return {". Yes.": True, ". No.": False}[re.search(r"\. \w+\.$", answer)[0]]
+
+
+def check_existence(asked, answer, said, seen):
+    """Looks at all that the noun fits, and then decides: rightly, and as whoever reads the list must."""
+    head, predicate, anchor = split_clause(asked)
+    true, yes, noun = meant(seen, asked), affirms(answer), head.removesuffix("thing").split()
+    assert true == meant(seen, asked, possibly=True) and yes == bool(true)
+    if predicate:
+        assert fits(seen, anchor) == [said[0]]
+        anchor, *said = said
+    looked_at = [o for o in fits(seen, noun[-1]) if o is not anchor] if noun else true
+    assert said == sorted(looked_at, key=lambda o: o.box[:2]) and ("None." in answer) == (not said)
+    listed = re.findall(r"\b[Aa]n? ((?:\w+ )+)\[region", answer)
+    if predicate in ("larger than", "smaller than"): assert all(set(p.split()) & set(ATTRIBUTES["size"]) for p in listed)
+    if predicate is None: assert yes == any(set(noun) <= set(phrase.split()) for phrase in listed)
+
+
 def check_exchange(question, answer, dialogue, seen, it, size):
     """Assert that a canonical exchange is true; return what "it" is afterwards."""
     said = mentioned(dialogue, seen, answer)
@@ -137,8 +157,7 @@ def check_exchange(question, answer, dialogue, seen, it, size):
         assert meant(seen, m[1]) == meant(seen, m[1], possibly=True) == said and len(said) == 1
         return said[0]
     if m := re.fullmatch(r"Is there an? (.+)\?", question):
-        if answer.startswith("Yes"): assert meant(seen, m[1]) == meant(seen, m[1], possibly=True) == said != []
-        else: assert answer == f"No, there is no {m[1]}." and meant(seen, m[1], possibly=True) == []
+        check_existence(m[1], answer, said, seen)
     elif m := re.fullmatch(r"Describe \[region(\d+)\]\.", question):
         one, text = marked(dialogue, seen, int(m[1]), size), re.sub(r" \[region\d+\]|\.$", "", answer)
         what, _, where = text.partition(", ")
@@ -148,9 +167,9 @@ def check_exchange(question, answer, dialogue, seen, it, size):
     elif m := re.fullmatch(r"Are (.+) and (.+) the same (\w+)\?", question):
         pair = [it if x == "it" else marked(dialogue, seen, int(re.search(r"\d+", x)[0]), size) for x in m.groups()[:2]]
         u, v = (o.values[m[3]] for o in pair)
-        assert pair[0] is not pair[1] and answer.startswith("Yes") == (u == v)
+        assert pair[0] is not pair[1] and affirms(answer) == (u == v)
         said_values = [SHAPE_OF.get(w, w) for w in re.findall("[A-Za-z]+", answer) if SHAPE_OF.get(w, w) in ATTRIBUTES[m[3]]]
-        assert said_values == ([u] if u == v else [u, v])
+        assert said_values == [u, v]
     elif m := re.fullmatch(r"Which objects are (.+)\?", question):
         true = meant(seen, f"things {m[1]}", it=it)
         assert true == meant(seen, f"things {m[1]}", possibly=True, it=it)
@@ -167,9 +186,8 @@ def check_exchange(question, answer, dialogue, seen, it, size):
     elif m := re.fullmatch(r"Is it (.+)\?", question):
         _, asked, anchor = split_clause(m[1])
         assert fits(seen, anchor) == said
-        assert answer.startswith("Yes") == holds(it, asked, said[0]) and (answer.startswith("Yes") or
-                                                                         not holds(it, asked, said[0], possibly=True))
-        _, told, _ = split_clause(re.sub(r"^\w+, it is ", "", answer))
+        assert affirms(answer) == holds(it, asked, said[0]) == holds(it, asked, said[0], possibly=True)
+        _, told, _ = split_clause(answer.removeprefix("It is "))
         assert holds(it, told, said[0])
     else: raise AssertionError(f"a question that the checker does not know: {question}")
     return it
@@ -180,7 +198,7 @@ def check_truth(dialogue, seen, size):
     it = None
     for question, answer in zip(dialogue.turns[::2], dialogue.turns[1::2]):
         if dialogue.task == "compound":
-            parts = [re.findall(r"[^.?]+[.?]", t.text) for t in (question, answer)]
+            parts = [re.findall(r"[^.?]+[.?](?: (?:Yes|No)[.])?", t.text) for t in (question, answer)]
             for q, a in zip(*parts, strict=True): check_exchange(q.strip(), a.strip(), dialogue, seen, it, size)
         else: it = check_exchange(question.text, answer.text, dialogue, seen, it, size)
 
@@ -309,7 +327,7 @@ def test_training_dialogues_are_sound_and_answers_balanced():
     for d in dialogues: check_dialogue(d, 96, 96)
     assert {d.task for d in dialogues} == set(WORLD_TASKS)
     for task in ("exists", "exists_relation", "same"):
-        yes = [d.turns[1].text.startswith("Yes") for d in dialogues if d.task == task]
+        yes = [affirms(d.turns[1].text) for d in dialogues if d.task == task]
         assert .42 < np.mean(yes) < .58, task
     assert {len(d.turns) for d in dialogues if d.task == "chat"} == {4, 6, 8}
 
