@@ -27,6 +27,7 @@ WORLD_TEMPLATES = {
     "same": ("Are {a} and {b} the same {attribute}?", "Do {a} and {b} have the same {attribute}?",
              "Is the {attribute} of {a} the same as the {attribute} of {b}?"),
     "which": ("Which objects are {what}?", "List the objects {what}.", "What is {what}?"),
+    "describe": TEMPLATES["describe"],
     "count": ("How many {what} are there?", "How many {what} can you see?", "Count and locate the {what}."),
     "count_only": ("Give the number of {what}.", "Just count the {what}.", "What is the number of {what}?"),
     "color": ("What color is it?", "Which color does it have?", "Tell me its color."),
@@ -84,10 +85,9 @@ class Talk:
         return self.choose(["point", "box", "free-form"] if alone else ["free-form"])
 
     def listed(self, indices, attributes=())->str:
-        "\"a red disc [region0] and a blue ring [region1]\", from left to right, see `name_with`; \"none\"."
+        "\"a red disc [region0], a blue ring [region1]\", from left to right, see `name_with`; \"none\"."
         order = sorted(indices, key=lambda i: self.things[i].box[:2])
-        parts = [f"{named(name_with(self.things[i], attributes))} {self.box(i)}" for i in order]
-        return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "none"
+        return ", ".join(f"{named(name_with(self.things[i], attributes))} {self.box(i)}" for i in order) or "none"
 
 # %% ../nbs/29_talks.ipynb #94b266df
 def trees(groups)->list:
@@ -184,6 +184,8 @@ def list_related(talk, item, it=False):
     talk.say("which", talk.listed(found), what=f"{predicate} it" if it else talk.facts.clause(predicate, j))
     talk.it = found[0] if len(found) == 1 else None
 
+def _describe(talk, i): talk.say("describe", f"there is {talk.listed(range(len(talk.things)))}")
+
 def _count(talk, item):
     # The list comes first: then the number can be read off what was said.
     phrase, found = item
@@ -192,7 +194,8 @@ def _count(talk, item):
 def _count_only(talk, item): talk.say("count_only", NUMBERS[len(item[1])], what=item[0])
 
 WRITERS = dict(locate=locate_thing, relate=relate, exists=_exists, exists_relation=_exists_relation, same=compare,
-               which=list_related, describe_region=_describe_region, count=_count, count_only=_count_only)
+               which=list_related, describe=_describe, describe_region=_describe_region, count=_count,
+               count_only=_count_only)
 
 # %% ../nbs/29_talks.ipynb #16d11803
 def world_texts()->Iterator[str]:

@@ -17,7 +17,7 @@ from .relations import ATTRIBUTES, PREDICATES, RANKS, SIDES, Facts, Thing, from_
 from .scenes import Scene
 from .talks import (WORLD_MIX, WORLD_TASKS, WRITERS, Talk, compare, list_related, locate_thing, pick_share, relate,
                                trees, usually, world_items)
-from .tasks import FORMS, HYBRID, describe, join_dialogues, refer
+from .tasks import FORMS, HYBRID, join_dialogues, refer
 from .textures import Photos
 from .world import HOLLOW, make_world
 
@@ -78,7 +78,6 @@ def ask_world(
     "One dialogue of a task."
     talk, tree = Talk(facts, rng, forms, train), world_items(facts, task)
     if not tree: return None
-    if task == "describe": return describe(facts.things, rng, train)
     if task == "compound":
         parts = [talk.choose(["refer_point", "refer_free_form", "locate", "exists"]) for _ in range(2)]
         return join_dialogues(*(ask_world(facts, part, rng, forms, train) for part in parts))
