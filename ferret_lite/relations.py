@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'RANKS', 'SAME', 'PREDICATES', 'ATTRIBUTES', 'NUMBERS', 'Thing', 'from_world', 'plural', 'full_name',
-           'attributes_in', 'name_with', 'named', 'fitting', 'own_phrases', 'brief_phrases', 'relation_table',
-           'Expression', 'Facts', 'deny', 'closest_relation', 'same_pairs', 'counts_of']
+           'attributes_in', 'name_with', 'named', 'fitting', 'nearest', 'own_phrases', 'brief_phrases',
+           'relation_table', 'Expression', 'Facts', 'deny', 'closest_relation', 'same_pairs', 'counts_of']
 
 # %% ../nbs/28_relations.ipynb #886738de
 from collections import Counter
@@ -72,6 +72,12 @@ def fitting(
 )->list[int]:           # Indices of the things that have them all
     "Whom a phrase without a relation fits."
     return [i for i, t in enumerate(things) if set(phrase.split()) <= set(t.words)]
+
+def nearest(things:list[Thing], phrase:str)->list[int]: # One index, or none
+    "What comes nearest to \"striped red disc\": of all discs the one with most of the other words, the leftmost of equals."
+    *_, noun = asked = phrase.removesuffix(" thing").split()
+    def rank(i): return -len(set(asked) & set(things[i].words)), *things[i].box[:2]
+    return sorted(fitting(things, noun), key=rank)[:1]
 
 def own_phrases(things:list[Thing], i:int)->list[str]:
     "Its name, alone and with size or fill, as far as they fit this object only. In the full world one always does."

@@ -15,8 +15,8 @@ import numpy as np
 from .records import Dialogue, Turn
 from .regions import Box
 from .relations import (ATTRIBUTES, NUMBERS, PREDICATES, RANKS, Facts, attributes_in, brief_phrases,
-                                   closest_relation, counts_of, deny, fitting, full_name, name_with, named, own_phrases,
-                                   plural, same_pairs)
+                                   closest_relation, counts_of, deny, full_name, fitting, name_with, named, nearest,
+                                   own_phrases, plural, same_pairs)
 from .tasks import HYBRID, TEMPLATES, capital, draw_region
 
 # %% ../nbs/29_talks.ipynb #5b552d2d
@@ -154,16 +154,15 @@ def _exists(talk, i):
     j = int(talk.rng.integers(len(talk.things))) if i is None else i
     phrase = talk.choose(own_phrases(talk.things, j) + brief_phrases(talk.things, j) * talk.train)
     if i is None: phrase = deny(talk.things, talk.rng, phrase, hard=.7 if talk.train else 1/3)
-    looked_at = fitting(talk.things, phrase.removesuffix(" thing").split()[-1])     # all discs, all red things
-    talk.say("exists", talk.listed(looked_at, attributes_in(phrase)), "no" if i is None else "yes", what=named(phrase))
+    seen = nearest(talk.things, phrase)
+    talk.say("exists", talk.listed(seen, attributes_in(phrase)), "no" if i is None else "yes", what=named(phrase))
 
 def _exists_relation(talk, e):
-    # A "thing" may be anything: then only what fits the whole question is told.
-    noun, attributes = e.head.removesuffix("thing").strip(), {"size"} if e.predicate in RANKS else ()
-    fits = [] if e.target is None else [e.target]
-    looked_at = [i for i in fitting(talk.things, noun) if i != e.anchor] if noun else fits
+    attributes, yes = {"size"} if e.predicate in RANKS else (), e.target is not None
+    others = [i for i in fitting(talk.things, e.head.removesuffix("thing").strip()) if i != e.anchor]
+    seen = e.target if yes else min(others, key=lambda i: talk.things[i].box[:2])
     anchor = f"the {name_with(talk.things[e.anchor], attributes)} {talk.box(e.anchor)}"
-    talk.say("exists", anchor, talk.listed(looked_at, attributes), "yes" if fits else "no",
+    talk.say("exists", anchor, talk.listed([seen], attributes), "yes" if yes else "no",
              what=named(f"{e.head} {talk.facts.clause(e.predicate, e.anchor)}"))
 
 def _describe_region(talk, i):

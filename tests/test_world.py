@@ -131,18 +131,20 @@ def affirms(answer):
 
 
 def check_existence(asked, answer, said, seen):
-    """Looks at all that the noun fits, and then decides: rightly, and as whoever reads the list must."""
+    """Names what comes nearest, and then decides: rightly, and as whoever has read that far must."""
     head, predicate, anchor = split_clause(asked)
-    true, yes, noun = meant(seen, asked), affirms(answer), head.removesuffix("thing").split()
+    true, yes, words = meant(seen, asked), affirms(answer), head.removesuffix("thing").split()
     assert true == meant(seen, asked, possibly=True) and yes == bool(true)
     if predicate:
-        assert fits(seen, anchor) == [said[0]]
+        assert fits(seen, anchor) == said[:1]
         anchor, *said = said
-    looked_at = [o for o in fits(seen, noun[-1]) if o is not anchor] if noun else true
-    assert said == sorted(looked_at, key=lambda o: o.box[:2]) and ("None." in answer) == (not said)
-    listed = re.findall(r"\b[Aa]n? ((?:\w+ )+)\[region", answer)
-    if predicate in ("larger than", "smaller than"): assert all(set(p.split()) & set(ATTRIBUTES["size"]) for p in listed)
-    if predicate is None: assert yes == any(set(noun) <= set(phrase.split()) for phrase in listed)
+    candidates = [o for o in fits(seen, words[-1] if words else "") if o is not anchor]
+    shared = lambda o: sum(SHAPE_OF.get(w, w) in o.words for w in words)
+    most = [o for o in candidates if shared(o) == max(map(shared, candidates))]
+    assert said == (true or sorted(most, key=lambda o: o.box[:2])[:1]) and ("None." in answer) == (not said)
+    named = re.findall(r"\b[Aa]n? ((?:\w+ )+)\[region", answer)
+    if predicate in ("larger than", "smaller than"): assert set(named[0].split()) & set(ATTRIBUTES["size"])
+    if predicate is None and named: assert yes == (set(words) <= set(named[0].split()))
 
 
 def check_exchange(question, answer, dialogue, seen, it, size):
