@@ -52,14 +52,13 @@ def full_name(thing:Thing)->str:
     "All attributes but plainness: \"small striped red disc\", \"small red disc\"."
     return " ".join(word for word in thing.words if word != "plain")
 
-def attributes_in(phrase:str)->set: # {"size", "color"}
-    "Which attributes a phrase speaks of."
-    return {a for word in phrase.split() for a in ATTRIBUTES if word in ATTRIBUTES[a]}
+def attributes_in(phrase:str)->dict: # {"small": "size", "red": "color"}
+    "Which attribute each word of a phrase speaks of; \"thing\" speaks of none."
+    return {word: name for word in phrase.split() for name, values in ATTRIBUTES.items() if word in values}
 
 def name_with(thing:Thing, attributes)->str:
     "Its name, with its size or fill in front if they are among `attributes`: \"small red disc\", \"plain red disc\"."
-    said = dict(size=thing.size, fill=thing.fill)
-    return " ".join([said[a] for a in said if a in attributes] + [thing.name])
+    return " ".join([getattr(thing, name) for name in ("size", "fill") if name in attributes] + [thing.name])
 
 def named(words:str)->str:
     "With its indefinite article."
@@ -178,15 +177,15 @@ def deny(
 )->str:                  # "star", "cyan thing", "large red disc"
     "A phrase that fits nothing: words of several objects, one word of one object changed, or any words."
     choose = lambda items: items[rng.integers(len(items))]
-    kinds = {word: next((a for a in ATTRIBUTES if word in ATTRIBUTES[a]), None) for word in like.split()}
-    asked = [a for a in kinds.values() if a]
+    kinds = attributes_in(like)
+    asked = list(kinds.values())
     if len(asked) == 1 and {getattr(t, asked[0]) for t in things} == set(ATTRIBUTES[asked[0]]):
         return deny(things, rng, things[0].name, hard)  # all eight colours are there: no single one can be denied
     while True:
         kind, one = 0 if rng.random() < hard else rng.integers(1, 3), choose(things)
         values = {a: getattr(one if kind else choose(things), a) for a in asked}
         for a in (asked if kind == 2 else [choose(asked)] if kind else []): values[a] = choose(ATTRIBUTES[a])
-        phrase = " ".join(values.get(a, word) for word, a in kinds.items())
+        phrase = " ".join(values[kinds[word]] if word in kinds else word for word in like.split())
         if not fitting(things, phrase.removesuffix(" thing")): return phrase
 
 # %% ../nbs/28_relations.ipynb #58ceb7c1

@@ -155,7 +155,7 @@ def _exists(talk, i):
     phrase = talk.choose(own_phrases(talk.things, j) + brief_phrases(talk.things, j) * talk.train)
     if i is None: phrase = deny(talk.things, talk.rng, phrase, hard=.7 if talk.train else 1/3)
     seen = nearest(talk.things, phrase)
-    talk.say("exists", talk.listed(seen, attributes_in(phrase)), "no" if i is None else "yes", what=named(phrase))
+    talk.say("exists", talk.listed(seen, attributes_in(phrase).values()), "no" if i is None else "yes", what=named(phrase))
 
 def _exists_relation(talk, e):
     attributes, yes = {"size"} if e.predicate in RANKS else (), e.target is not None
