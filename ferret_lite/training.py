@@ -49,6 +49,8 @@ def compile_blocks(
     except Exception as error:  # no C compiler, no headers, an unwritable cache: whatever it is, eager blocks will do
         warnings.warn(f"blocks are not compiled, training takes about 1.4 times as long: {type(error).__name__}")
         return False
+    if model.device.type == "cpu":  # its flash attention is slow backwards: a dense step takes 1.7 times as long
+        model.vision_tower.set_attn_implementation("eager")
     names = {*model.vision_tower._no_split_modules, *model.language_model._no_split_modules}  # transformers' word
     for block in model.modules():
         if type(block).__name__ in names: block.compile(dynamic=False)
