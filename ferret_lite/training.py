@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from .build import build_model, load_projector, scale_small_model
 from .checkpoints import PARTS, SpreadOut, found_again
 from .evaluate import score_questions
+from .files import open_image
 from .lora import add_lora
-from .losses import DenseHead, label_weights, vocabulary_weights
+from .losses import DenseHead, label_weights, names_seen, vocabulary_weights
 from .model import FerretForConditionalGeneration, answer, packed_attention_mask
 from .optim import Muon
 from .processor import FerretProcessor
 from .stages import Stage, stage_at
+from .targets import patch_labels
 
 # %% ../nbs/67_training.ipynb #77aa9b06
 def learning_rate(
@@ -146,7 +148,7 @@ class FerretModule(SpreadOut):
         self.register_buffer("token_weights", table, persistent=False)
         word_ids = [processor.tokenizer(word, add_special_tokens=False).input_ids[-1] for word in words or []]
         self.register_buffer("word_ids", torch.tensor(word_ids, dtype=torch.long), persistent=False)
-        self.val_results, self.stage_index = [], None
+        self.val_results, self.val_seen, self.stage_index = [], [], None
 
     def make_model(self, init_from, projector):
         """A trained Ferret, or a new one of the parts that the configuration names."""
@@ -221,23 +223,38 @@ class FerretModule(SpreadOut):
         loss = F.cross_entropy(logits.float(), labels[learned], reduction="none")
         return (loss * weights).sum() / weights.sum()
 
+    def seen(self, examples):
+        """For each object of some annotated images: do its patches say its name? See `names_seen`."""
+        pixels = self.processor.image_processor([open_image(e.image) for e in examples], return_tensors="pt")
+        features, _ = self.model.get_vision_maps(pixels["pixel_values"].to(self.device))
+        logits = self.dense_head.word_logits(self.model.mm_projector(features),
+                                             self.model.get_input_embeddings()(self.word_ids))  # (b, p, w)
+        labels = [patch_labels(e, round(features.shape[1] ** 0.5)).ravel() for e in examples]
+        names = [[o.words for o in e.objects] for e in examples]
+        return [ok for shown, *what in zip(logits.float().cpu(), labels, names)
+                for ok in names_seen(shown, *what, self.hparams.words)]
+
     def validation_step(self, batch, batch_idx):
         """Answer held-out questions, greedily, or take the loss of held-out records. While the encoder learns alone
-        there is nobody to ask."""
-        if self.stage_index is not None and self.stages[self.stage_index].loss == "dense": return
+        there is nobody to ask, but what it sees can be told."""
         if isinstance(batch, dict):
             loss = self.losses_of(batch)["answer"]
             return self.log("val/answer_loss", loss, batch_size=len(batch["labels"]), sync_dist=True)
-        inputs = self.processor([q.example.image for q in batch], [q.dialogue for q in batch])
-        with torch.compiler.set_stance("force_eager"):  # prompts come in many lengths: each would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # batches come in many sizes: each would be compiled anew
+            if self.dense_head is not None:
+                self.val_seen += self.seen({q.example.id: q.example for q in batch}.values())
+            if self.stage_index is not None and self.stages[self.stage_index].loss == "dense": return
+            inputs = self.processor([q.example.image for q in batch], [q.dialogue for q in batch])
             self.val_results += zip(batch, answer(self.model, self.processor, inputs, max_new_tokens=200))
 
     def on_validation_epoch_end(self):
         """Scores so far, beside the losses in the progress bar."""
         scores = score_questions(*zip(*self.val_results)) if self.val_results else {}
+        if self.val_seen: scores["names_seen"] = sum(self.val_seen) / len(self.val_seen)
         self.val_results.clear()
+        self.val_seen.clear()
         for name, value in scores.items():
-            self.log(f"val/{name}", value, prog_bar=name.endswith("right"))
+            self.log(f"val/{name}", value, prog_bar=name.endswith(("right", "seen")))
 
     def configure_optimizers(self):
         """AdamW or Muon, the encoder at a rate of its own; each stage warms up and cools down."""

@@ -79,7 +79,6 @@ def test_it_takes_every_kind_of_region(tiny):
     assert re.fullmatch(r"The first is \w+ and the second is \w+\. (Yes|No)\.", text)
 
 
-@pytest.mark.xfail(reason="the last steps of its training had no turns of two questions: see the card", strict=True)
 def test_it_answers_two_questions_in_one_turn(tiny):
     scene = make_world(0, 4, "test")
     text, _ = give_answer(*tiny, open_image(scene.image), "What is [region0]? What is [region1]?",
