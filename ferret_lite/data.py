@@ -140,9 +140,8 @@ class FerretDataModule(L.LightningDataModule):
         if self.format == "records":
             root = "" if hasattr(examples, "index") and hasattr(examples, "folder") else self.root
             return RecordDataset(examples, self.processor, self.max_length, root, self.pack, self.seed)
-        unsaid = (*SIZES, *FILLS) if self.format == "world" else ()  # a disc is seldom called a small plain one
         return TrainingDataset(examples, self.processor, self.stages, self.words, self.grid, self.max_length, self.mix,
-                               self.forms, self.augment, self.seed, unsaid)
+                               self.forms, self.augment, self.seed)
 
     def train_dataloader(self):
         """Batches from the trainer's step on: a resumed run sees what an unbroken one would see."""

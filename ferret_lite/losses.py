@@ -52,12 +52,12 @@ class DenseHead(nn.Module):
         self,
         regions,         # `(r, d_lm)` of the sampler
         word_embeddings, # `(w, d_lm)`
-        words,           # `(r, w)` float, -1 where unknown, see `region_words`
+        words,           # `(r, w)` float, all 0 for a region without a name, see `region_words`
     ):                   # scalar loss
         """The same words for regions; those without a name do not count."""
-        known = (words.amax(-1, keepdim=True) > 0) & (words >= 0)                              # (r, w)
+        known = words.amax(-1) > 0                                                             # (r,)
         losses = F.binary_cross_entropy_with_logits(self.word_logits(regions, word_embeddings), words, reduction="none")
-        return (losses * known).sum() / known.any(-1).sum().clamp(min=1)
+        return losses[known].sum() / known.sum().clamp(min=1)
 
 # %% ../nbs/64_losses.ipynb #3ee8653c
 def names_seen(

@@ -74,10 +74,9 @@ class TrainingDataset(KeyedDataset):
         forms=FORMS,   # form of a mention -> share
         augment="none",# "mirror" crops and mirrors, "any" also turns upside down
         seed=0,
-        unsaid=(),     # words that an answer may leave out though they are true, see `region_words`
     ):
         super().__init__(examples, seed)
-        self.processor, self.stages, self.words, self.grid, self.unsaid = processor, stages, words, grid, unsaid
+        self.processor, self.stages, self.words, self.grid = processor, stages, words, grid
         self.max_length, self.mix, self.forms, self.augment = max_length, mix, forms, augment
         self.with_pixels = PixelCache()
 
@@ -92,7 +91,8 @@ class TrainingDataset(KeyedDataset):
         image, dense = open_image(example.image), dense_targets(example, self.words, self.grid)
         if self.stages[stage_at(self.stages, step)[0]].loss == "dense": return image, None, dense
         *encoded, dialogues = encode_fitting(self.processor, image, self._stream(example, rng), rng, self.max_length)
-        dense["region_words"] = region_words(dialogues, encoded[0].region_refs, self.words, self.unsaid)
+        regions = [dialogues[d].regions[r] for d, r in encoded[0].region_refs]
+        dense["region_words"] = region_words(example, regions, encoded[1], self.words)
         return image, encoded, dense
 
     def _stream(self, example, rng):
