@@ -51,8 +51,6 @@ def compile_blocks(
     except Exception as error:  # no C compiler, no headers, an unwritable cache: whatever it is, eager blocks will do
         warnings.warn(f"blocks are not compiled, training takes about 1.4 times as long: {type(error).__name__}")
         return False
-    if model.device.type == "cpu":  # its flash attention is slow backwards: a dense step takes 1.7 times as long
-        model.vision_tower.set_attn_implementation("eager")
     names = {*model.vision_tower._no_split_modules, *model.language_model._no_split_modules}  # transformers' word
     for block in model.modules():
         if type(block).__name__ in names: block.compile(dynamic=False)
@@ -163,7 +161,8 @@ class FerretModule(SpreadOut):
 
     def setup(self, stage):
         if stage != "fit": return
-        if self.hparams.compile: compile_blocks(self.model)
+        if self.hparams.compile and compile_blocks(self.model) and self.trainer.strategy.root_device.type == "cpu":
+            self.model.vision_tower.set_attn_implementation("eager")  # a CPU's flash attention is slow backwards
         self.freeze(set.intersection(*(set(s.frozen) for s in self.stages)))  # devices agree now on what to share
 
     def freeze(self, parts):
@@ -227,8 +226,8 @@ class FerretModule(SpreadOut):
         """For each object of some annotated images: do its patches say its name? See `names_seen`."""
         pixels = self.processor.image_processor([open_image(e.image) for e in examples], return_tensors="pt")
         features, _ = self.model.get_vision_maps(pixels["pixel_values"].to(self.device))
-        logits = self.dense_head.word_logits(self.model.mm_projector(features),
-                                             self.model.get_input_embeddings()(self.word_ids))  # (b, p, w)
+        embeddings = self.model.get_input_embeddings()(self.word_ids)                        # (w, d_lm)
+        logits = self.dense_head.word_logits(self.model.mm_projector(features), embeddings)  # (b, p, w)
         labels = [patch_labels(e, round(features.shape[1] ** 0.5)).ravel() for e in examples]
         names = [[o.words for o in e.objects] for e in examples]
         return [ok for shown, *what in zip(logits.float().cpu(), labels, names)
