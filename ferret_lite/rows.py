@@ -18,7 +18,7 @@ from .processor import FerretProcessor
 from .prompt import build_tiny_tokenizer
 from .records import open_image
 from .stages import KeyedDataset, stage_at
-from .targets import dense_targets, region_words, zoom_and_flip
+from .targets import answer_plan, dense_targets, patch_labels, plan_targets, region_words, zoom_and_flip
 from .tasks import FORMS, MIX, stream_dialogues
 
 # %% ../nbs/50_rows.ipynb #4ef9ace8
@@ -79,6 +79,7 @@ class TrainingDataset(KeyedDataset):
         self.processor, self.stages, self.words, self.grid = processor, stages, words, grid
         self.max_length, self.mix, self.forms, self.augment = max_length, mix, forms, augment
         self.with_pixels = PixelCache()
+        self.closing = [i for token, i in processor.tokenizer.get_vocab().items() if "]" in token]
 
     def name(self, index): return self.examples[index].id
 
@@ -93,7 +94,9 @@ class TrainingDataset(KeyedDataset):
         *encoded, dialogues = encode_fitting(self.processor, image, self._stream(example, rng), rng, self.max_length)
         regions = [dialogues[d].regions[r] for d, r in encoded[0].region_refs]
         dense["region_words"] = region_words(example, regions, encoded[1], self.words)
-        return image, encoded, dense
+        plan = answer_plan(encoded[0], dialogues, [o.box for o in example.objects], self.closing)
+        plan = np.pad(plan, ((0, self.max_length - len(plan)), (0, 0)))
+        return image, encoded, dense | plan_targets(plan, patch_labels(example, self.grid).ravel())
 
     def _stream(self, example, rng):
         stream = getattr(self.examples, "stream", stream_dialogues)  # the full world asks in its own way

@@ -14,13 +14,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch.nn import functional as F
+from einops import rearrange
 
 from .build import build_model, load_projector, scale_small_model
 from .checkpoints import PARTS, SpreadOut, found_again
 from .evaluate import score_questions
 from .files import open_image
 from .lora import add_lora
-from .losses import DenseHead, label_weights, names_seen, vocabulary_weights
+from .losses import DenseHead, PlanHead, label_weights, names_seen, vocabulary_weights
 from .model import FerretForConditionalGeneration, answer, packed_attention_mask
 from .optim import Muon
 from .processor import FerretProcessor
@@ -107,6 +108,7 @@ class FerretModule(SpreadOut):
         betas: AdamW's.
         muon: learning rate of the blocks' matrices under Muon, in units of AdamW's; 0 trains all with AdamW.
         dense_weight: weight of the dense loss beside the answers' loss; 0 leaves the dense head out.
+        plan_weight: weight of the loss of the plan, see `losses.PlanHead`; 0 leaves its head out.
         token_weights: how much each token of an answer counts in the loss, such as {"Yes": 3}; "digits" is a list for
             the first, second and third digit of a number, "names" stands for the words of names, "other" for the
             rest. None: all count the same.
@@ -129,6 +131,7 @@ class FerretModule(SpreadOut):
         betas: tuple[float, float] = (0.9, 0.95),
         muon: float = 0.0,
         dense_weight: float = 0.2,
+        plan_weight: float = 0.0,
         token_weights: dict[str, Any] | None = None,
         compile: bool = False,
     ):
@@ -142,6 +145,7 @@ class FerretModule(SpreadOut):
         pretrained = [] if init_from else [part for part in PARTS if "pretrained" in (self.hparams[part] or {})]
         self.found = found_again(self.model, pretrained, stages)
         self.dense_head = DenseHead(self.model.config.vision_config.hidden_size, len(words)) if dense_weight else None
+        self.plan_head = PlanHead(self.model.config.text_config.hidden_size) if plan_weight else None
         table = vocabulary_weights(processor.tokenizer, token_weights or {}, words or [])
         self.register_buffer("token_weights", table, persistent=False)
         word_ids = [processor.tokenizer(word, add_special_tokens=False).input_ids[-1] for word in words or []]
@@ -186,8 +190,9 @@ class FerretModule(SpreadOut):
         """The loss of the stage that the step belongs to."""
         losses = self.losses_of(batch)
         for name, loss in losses.items(): self.log(f"train/{name}_loss", loss, prog_bar=True)
-        weight = self.hparams.dense_weight if "answer" in losses else 1.0
-        return sum(loss if name == "answer" else weight * loss for name, loss in losses.items())
+        weights = dict(answer=1.0, plan=self.hparams.plan_weight)
+        other = self.hparams.dense_weight if "answer" in losses else 1.0
+        return sum(weights.get(name, other) * loss for name, loss in losses.items())
 
     def losses_of(self, batch):
         """Name -> loss: of the answers where there are some, and of what patches and regions show."""
@@ -195,32 +200,44 @@ class FerretModule(SpreadOut):
         projected, regions, losses = self.model.mm_projector(features), None, {}
         if "labels" in batch:
             regions = self.model.get_region_features(maps, batch["region_points"], batch["region_mask"])
-            losses["answer"] = self.answer_loss(batch, projected, regions)
+            losses |= self.answer_losses(batch, projected, regions)
         if self.dense_head is not None: losses |= self.dense_losses(batch, features, projected, regions)
         return losses
 
     def dense_losses(self, batch, features, projected, regions):
         """How well the patches, and the regions where there are some, tell what they show."""
         dense = {k.removeprefix("dense_"): batch[k] for k in batch if k.startswith("dense_")}
+        for name in "plan", "shares": dense.pop(name, None)
         if not dense: raise ValueError("records do not say what patches show: set model.dense_weight to 0")
         embeddings, region_words = self.model.get_input_embeddings()(self.word_ids), dense.pop("region_words", None)
         losses = {"dense": self.dense_head(features, projected, embeddings, **dense)}
         if regions is not None: losses["region"] = self.dense_head.region_loss(regions, embeddings, region_words)
         return losses
 
-    def answer_loss(self, batch, projected, regions):
-        """Cross-entropy of the answers' tokens, weighted by what they are."""
+    def answer_losses(self, batch, projected, regions):
+        """Cross-entropy of the answers' tokens, weighted by what they are, and how well the plan is known."""
         embeds = self.model.embed_inputs(batch["input_ids"], projected, regions)
         mask = packed_attention_mask(batch["dialogue_ids"], embeds.dtype) if "dialogue_ids" in batch else \
             batch["attention_mask"]  # one dialogue in each row: the usual mask, which every attention knows
-        hidden = self.model.language_model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
-                                                      position_ids=batch["position_ids"]).last_hidden_state
+        out = self.model.language_model.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False,
+                                                   position_ids=batch["position_ids"],
+                                                   output_hidden_states=self.plan_head is not None)
         labels = batch["labels"][:, 1:]                                          # (b, s - 1)
         learned = labels != -100
-        logits = self.model.get_output_embeddings()(hidden[:, :-1][learned])     # (m, v): answers alone
-        weights = label_weights(labels, self.token_weights)[learned]
+        logits = self.model.get_output_embeddings()(out.last_hidden_state[:, :-1][learned])  # (m, v): answers alone
+        weights = label_weights(labels, self.token_weights) * learned
         loss = F.cross_entropy(logits.float(), labels[learned], reduction="none")
-        return (loss * weights).sum() / weights.sum()
+        losses = {"answer": (loss * weights[learned]).sum() / weights.sum()}
+        if self.plan_head is not None: losses["plan"] = self.plan_loss(batch, out.hidden_states, weights)
+        return losses
+
+    def plan_loss(self, batch, hidden_states, weights):
+        """How well two thirds of the language model's blocks know which objects an answer will name."""
+        if "dense_plan" not in batch: raise ValueError("records do not plan their answers: set model.plan_weight to 0")
+        states = hidden_states[2 * (len(hidden_states) - 1) // 3]
+        is_image = batch["input_ids"] == self.processor.image_token_id
+        patches = rearrange(states[is_image], "(b p) d -> b p d", b=len(states))
+        return self.plan_head(states[:, :-1], patches, batch["dense_plan"][:, 1:], batch["dense_shares"], weights)
 
     def seen(self, examples):
         """For each object of some annotated images: do its patches say its name? See `names_seen`."""
