@@ -206,12 +206,13 @@ class FerretModule(SpreadOut):
 
     def dense_losses(self, batch, features, projected, regions):
         """How well the patches, and the regions where there are some, tell what they show."""
-        dense = {k.removeprefix("dense_"): batch[k] for k in batch if k.startswith("dense_")}
-        for name in "plan", "shares": dense.pop(name, None)
-        if not dense: raise ValueError("records do not say what patches show: set model.dense_weight to 0")
-        embeddings, region_words = self.model.get_input_embeddings()(self.word_ids), dense.pop("region_words", None)
-        losses = {"dense": self.dense_head(features, projected, embeddings, **dense)}
-        if regions is not None: losses["region"] = self.dense_head.region_loss(regions, embeddings, region_words)
+        if "dense_words" not in batch:
+            raise ValueError("records do not say what patches show: set model.dense_weight to 0")
+        shown = [batch[f"dense_{k}"] for k in ("words", "boxes", "places")]
+        embeddings = self.model.get_input_embeddings()(self.word_ids)                    # (w, d_lm)
+        losses = {"dense": self.dense_head(features, projected, embeddings, *shown)}
+        if regions is not None:
+            losses["region"] = self.dense_head.region_loss(regions, embeddings, batch["dense_region_words"])
         return losses
 
     def answer_losses(self, batch, projected, regions):
