@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGION_TOKEN', 'SPECIALS', 'PIECE', 'Encoded', 'add_region_token', 'build_tiny_tokenizer', 'plain_tokenizer',
-           'piece_ids', 'region_bins', 'turn_segments', 'segment_ids', 'encode_exchange', 'prefix_ids',
+           'piece_ids', 'region_bins', 'turn_segments', 'segment_ids', 'encode_exchange', 'prefix_ids', 'closing_ids',
            'encode_dialogues', 'encode_prompt']
 
 # %% ../nbs/12_prompt.ipynb #453fefef
@@ -187,6 +187,11 @@ def prefix_ids(
     return bos + head + [len(tokenizer) if image_token_id is None else image_token_id] * image_length
 
 # %% ../nbs/12_prompt.ipynb #83c76736
+@lru_cache(maxsize=8)
+def closing_ids(tokenizer)->list[int]: # ids of the tokens that hold a "]"
+    """What ends a box in an answer."""
+    return [i for token, i in tokenizer.get_vocab().items() if "]" in token]
+
 Encoded = namedtuple("Encoded", "input_ids labels position_ids dialogue_ids region_refs")
 Encoded.__doc__ = "One sequence: four int64 arrays (s,), and `region_refs`: (dialogue, region) of each region token."
 
@@ -199,6 +204,12 @@ def _pack(prefix, blocks):
     positions = index - starts + len(prefix) * (dialogue_ids > 0)
     refs = [(d, r) for d, mentioned in zip(owners, regions) for r in mentioned]
     return Encoded(np.concatenate(ids), np.concatenate(labels), positions, dialogue_ids, refs)
+
+def _forget_given(encoded, dialogue_id, given, closing):
+    """No labels up to the box that ends what a dialogue's answers are given, see `Dialogue.given`."""
+    mine = (encoded.dialogue_ids == dialogue_id) & (encoded.labels >= 0)
+    end = np.flatnonzero(mine & np.isin(encoded.labels, closing))[:given].max(initial=-1)
+    encoded.labels[mine & (np.arange(len(mine)) <= end)] = -100
 
 # %% ../nbs/12_prompt.ipynb #d3b1591c
 def encode_dialogues(
@@ -228,7 +239,10 @@ def encode_dialogues(
                                    f"image, more than max_length={max_length}: raise it")
     if kept < len(blocks):
         warnings.warn(f"records longer than max_length={max_length} tokens lose their last turns", stacklevel=2)
-    return _pack(prefix, blocks[:kept])
+    encoded = _pack(prefix, blocks[:kept])
+    for d, dialogue in enumerate(dialogues, 1):
+        if dialogue.given: _forget_given(encoded, d, dialogue.given, closing_ids(tokenizer))
+    return encoded
 
 def encode_prompt(
     dialogue:Dialogue,     # Its last answer is left out, if there is one

@@ -34,6 +34,7 @@ class Dialogue:
     turns: list[Turn]
     regions: list[Region] = field(default_factory=list)  # `Point`, `Box` or `FreeForm`; `[region2]` is `regions[2]`
     task: str = ""  # Which task made it, such as "refer"; free text
+    given: int = 0  # How many boxes of its answers, the first ones, stand there without being learned: a slip, say
 
 @dataclass
 class Record:
@@ -114,6 +115,9 @@ def check_dialogue(
         if turn.role != expected:
             raise (at/"role").error(f"is {turn.role!r}, not {expected!r}; turns alternate, user first")
         _check_turn(turn, dialogue.regions, at)
+    num_boxes = sum(len(find_placeholders(turn.text)) for turn in dialogue.turns[1::2])
+    if type(dialogue.given) is not int or not 0 <= dialogue.given <= num_boxes:
+        raise (where/"given").error(f"is {dialogue.given!r}; the answers have {num_boxes} box(es): give a number up to that")
     mentioned = {p.index for turn in dialogue.turns for p in find_placeholders(turn.text)}
     for i, region in enumerate(dialogue.regions):
         at = where/"regions"/i
@@ -149,7 +153,7 @@ def record_to_dict(
 ) -> dict:  # Of plain JSON types
     """The record as it is written."""
     dialogues = [dict(task=d.task, turns=[asdict(t) for t in d.turns], regions=[region_to_dict(r) for r in d.regions])
-                 for d in record.dialogues]
+                 | ({"given": d.given} if d.given else {}) for d in record.dialogues]
     width, height = int(record.width), int(record.height)
     return dict(id=record.id, image=record.image, width=width, height=height, dialogues=dialogues)
 
@@ -169,11 +173,11 @@ def _each(d, name, where):
     return [(x, where/name/i) for i, x in enumerate(d[name])]
 
 def _dialogue_from_dict(d, where):
-    _fields(d, where, ("turns",), ("regions", "task"))
+    _fields(d, where, ("turns",), ("regions", "task", "given"))
     turns = _each(d, "turns", where)
     for t, at in turns: _fields(t, at, ("role", "text"))
     regions = [region_from_dict(r, where=str(at)) for r, at in _each({"regions": [], **d}, "regions", where)]
-    return Dialogue([Turn(**t) for t, _ in turns], regions, d.get("task", ""))
+    return Dialogue([Turn(**t) for t, _ in turns], regions, d.get("task", ""), d.get("given", 0))
 
 def record_from_dict(
     d: dict,  # As `record_to_dict` gives it; "id", "task" and "regions" may be missing

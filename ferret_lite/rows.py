@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 
 from .examples import PixelCache
 from .processor import FerretProcessor
-from .prompt import build_tiny_tokenizer
+from .prompt import build_tiny_tokenizer, closing_ids
 from .records import open_image
 from .stages import KeyedDataset, stage_at
 from .targets import answer_plan, dense_targets, patch_labels, plan_targets, region_words, zoom_and_flip
@@ -79,7 +79,7 @@ class TrainingDataset(KeyedDataset):
         self.processor, self.stages, self.words, self.grid = processor, stages, words, grid
         self.max_length, self.mix, self.forms, self.augment = max_length, mix, forms, augment
         self.with_pixels = PixelCache()
-        self.closing = [i for token, i in processor.tokenizer.get_vocab().items() if "]" in token]
+        self.closing = closing_ids(processor.tokenizer)
 
     def name(self, index): return self.examples[index].id
 
