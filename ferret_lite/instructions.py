@@ -12,7 +12,7 @@ from collections import Counter
 
 from .annotated import Annotated, Caption
 from .phrasings import PHRASINGS, POINTING, a, draw_kind, draw_phrasing, plain, point_at, sentence
-from .records import Dialogue, Turn
+from .records import Dialogue, Turn, given_in_all
 from .regions import Box
 from .tasks import one_exchange
 
@@ -154,4 +154,4 @@ def chain(
         shift = lambda m: f"[region{int(m[1]) + len(regions)}"
         turns += [Turn(t.role, re.sub(r"\[region(\d+)", shift, t.text)) for t in d.turns]
         regions += d.regions
-    return Dialogue(turns, regions, "+".join(dict.fromkeys(d.task for d in dialogues)))
+    return Dialogue(turns, regions, "+".join(dict.fromkeys(d.task for d in dialogues)), given_in_all(dialogues))

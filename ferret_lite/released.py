@@ -180,6 +180,7 @@ def record_items(
     items = []
     for d, dialogue in enumerate(record.dialogues):
         where, turns, boxes, masks = Where(record.id or "record", f"dialogues[{d}]"), [], [], []
+        if dialogue.given: raise (where/"given").error("is set, and of a released file all answers are learned; leave it out")
         for turn in dialogue.turns:
             order = list(dict.fromkeys(p.index for p in find_placeholders(turn.text)))
             for p in find_placeholders(turn.text):

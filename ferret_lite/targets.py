@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .coords import box_area, quantize
-from .records import find_placeholders
+from .records import answer_mentions
 from .regions import Box
 from .sources import Annotated
 from .tasks import AnnotatedObject
@@ -101,8 +101,7 @@ def answer_plan(
     answered = encoded.labels >= 0                                                                     # (s,)
     number = np.cumsum(answered & ~np.append(False, answered[:-1]))                                    # (s,) which answer
     ends = np.flatnonzero(answered & np.isin(encoded.labels, closing))                                 # (m,)
-    named = [[d.regions[p.index] for turn in d.turns[1::2] for p in find_placeholders(turn.text)] for d in dialogues]
-    learned = [region for d, regions in zip(dialogues, named) for region in regions[d.given:]]
+    learned = [d.regions[i] for d in dialogues for i in answer_mentions(d)[d.given:]]
     whose = [[corners(region) == tuple(map(float, box)) for box in boxes] for region in learned[:len(ends)]]
     ahead = (np.arange(len(number))[:, None] <= ends) & (number[:, None] == number[ends]) & answered[:, None]  # (s, m)
     return ahead @ np.reshape(whose, (len(ends), len(boxes))).astype(bool)

@@ -17,7 +17,7 @@ from itertools import islice
 
 import numpy as np
 
-from .records import Dialogue, Turn, find_placeholders
+from .records import Dialogue, Turn, given_in_all
 from .regions import Box, FreeForm, Point, Region
 from .scenes import COLORS, SHAPES, Scene
 
@@ -185,8 +185,7 @@ def join_dialogues(first:Dialogue, second:Dialogue)->Dialogue:
     shift = lambda m: f"[region{int(m[1]) + len(first.regions)}"
     turns = [Turn(a.role, a.text + " " + re.sub(r"\[region(\d+)", shift, b.text))
              for a, b in zip(first.turns, second.turns)]
-    given = len(find_placeholders(first.turns[1].text)) + second.given if second.given else first.given
-    return Dialogue(turns, first.regions + second.regions, "compound", given)
+    return Dialogue(turns, first.regions + second.regions, "compound", given_in_all([first, second]))
 
 # %% ../nbs/25_tasks.ipynb #fa1338e1
 def askable(
