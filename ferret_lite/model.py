@@ -35,6 +35,7 @@ class FerretPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["SamplerBlock"]  # it multiplies its layers' weights (`factor_eq1`), so they lie on one device
 
     @classmethod
     def from_pretrained(cls, *args, use_safetensors=True, **kwargs):

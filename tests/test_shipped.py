@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
+from transformers import TextIteratorStreamer
 
 from ferret_lite.ask import give_answer
 from ferret_lite.files import open_image
 from ferret_lite.metrics import Score, score_markdown
-from ferret_lite.model import FerretForConditionalGeneration, load_model
+from ferret_lite.model import FerretForConditionalGeneration, answer, load_model
 from ferret_lite.processor import SHIPPED, FerretProcessor
+from ferret_lite.records import Dialogue, Turn
 from ferret_lite.regions import Box, Point
 from ferret_lite.world import make_world
 
@@ -84,6 +87,45 @@ def test_it_answers_two_questions_in_one_turn(tiny):
     text, _ = give_answer(*tiny, open_image(scene.image), "What is [region0]? What is [region1]?",
                           [Point(25, 60), Box(*scene.objects[0].box)])
     assert text.count(".") == 2
+
+
+def test_layers_may_lie_on_the_disk(tiny, tmp_path):
+    """`device_map` with too little memory for all of it: the same answers."""
+    model, processor = tiny
+    torn = FerretForConditionalGeneration.from_pretrained(SHIPPED, device_map="auto", max_memory={"cpu": "9MB"},
+                                                          offload_folder=tmp_path, dtype=torch.float32)
+    assert torn.hf_device_map["region_sampler"] == "cpu" and "disk" in torn.hf_device_map.values()
+    assert {p.device.type for p in torn.parameters()} == {"cpu", "meta"}
+    inputs = ask_scenes(processor)
+    assert answer(torn, processor, inputs) == answer(model, processor, inputs)
+
+
+def test_no_device_gets_half_a_block_of_the_sampler(tiny):
+    """Wherever the memory ends: `SamplerBlock` multiplies the weights of its layers."""
+    model, _ = tiny
+    assert "region_sampler.blocks.0.sigma" in place_parts(model, 5800, [])  # what happens without the rule
+    for kilobytes in range(5000, 7000, 100):
+        places = place_parts(model, kilobytes, model._no_split_modules)
+        assert not [name for name in places if name.endswith((".theta", ".sigma"))]
+
+
+def place_parts(model, kilobytes, whole):
+    return infer_auto_device_map(model, {"cpu": f"{kilobytes}KB", "disk": "1GB"}, no_split_module_classes=whole)
+
+
+def test_it_streams_its_words(tiny):
+    model, processor = tiny
+    inputs = ask_scenes(processor, 1)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    text, = answer(model, processor, inputs, streamer=streamer)
+    pieces = [piece for piece in streamer if piece]
+    assert len(pieces) > 1 and "".join(pieces) == text
+
+
+def ask_scenes(processor, num=3):
+    scenes = [make_world(0, i, "test") for i in range(num)]
+    turns = [Turn("user", "What is [region0]?")]
+    return processor([open_image(s.image) for s in scenes], [Dialogue(turns, [Box(*s.objects[0].box)]) for s in scenes])
 
 
 def test_processor_and_model_belong_together(tiny):
