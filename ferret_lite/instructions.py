@@ -7,12 +7,11 @@ __all__ = ['MOST', 'MAKERS', 'ask_object', 'ask_attribute', 'ask_relation', 'ask
            'plain_keep', 'find_phrases', 'write_caption', 'find_all', 'find_related', 'items_of', 'instruct', 'chain']
 
 # %% ../nbs/36_instructions.ipynb #4d7cc966
-import re
 from collections import Counter
 
 from .annotated import Annotated, Caption
 from .phrasings import PHRASINGS, POINTING, a, draw_kind, draw_phrasing, plain, point_at, sentence
-from .records import Dialogue, Turn, given_in_all
+from .records import Dialogue, Turn, given_in_all, shift_mentions
 from .regions import Box
 from .tasks import one_exchange
 
@@ -151,7 +150,6 @@ def chain(
     "Several questions about one image as one conversation."
     turns, regions = [], []
     for d in dialogues:
-        shift = lambda m: f"[region{int(m[1]) + len(regions)}"
-        turns += [Turn(t.role, re.sub(r"\[region(\d+)", shift, t.text)) for t in d.turns]
+        turns += [Turn(t.role, shift_mentions(t.text, len(regions))) for t in d.turns]
         regions += d.regions
     return Dialogue(turns, regions, "+".join(dict.fromkeys(d.task for d in dialogues)), given_in_all(dialogues))

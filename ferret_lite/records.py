@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PLACEHOLDER', 'Turn', 'Dialogue', 'Record', 'Placeholder', 'find_placeholders', 'answer_mentions',
-           'given_in_all', 'Where', 'check_dialogue', 'check_record', 'record_to_dict', 'record_from_dict',
-           'read_records', 'write_records']
+           'shift_mentions', 'given_in_all', 'Where', 'check_dialogue', 'check_record', 'record_to_dict',
+           'record_from_dict', 'read_records', 'write_records']
 
 # %% ../nbs/08_records.ipynb #04cc4c91
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,11 +70,18 @@ def answer_mentions(
     """The boxes that the answers give, in the order of the text."""
     return [p.index for turn in dialogue.turns[1::2] for p in find_placeholders(turn.text)]
 
+def shift_mentions(
+    text: str,
+    by: int,
+) -> str:
+    """The text with all indices of regions raised, to stand behind `by` regions of others."""
+    return PLACEHOLDER.sub(lambda m: f"[region{int(m[1]) + by}{':' + m[2] if m[2] else ''}]", text)
+
 def given_in_all(
     dialogues: list[Dialogue],  # To be put one behind the other
 ) -> int:
     """`Dialogue.given` of them together: what is learned begins behind the last box that one of them is given."""
-    before = [sum(len(answer_mentions(d)) for d in dialogues[:i]) for i in range(len(dialogues))]
+    before = accumulate((len(answer_mentions(d)) for d in dialogues), initial=0)
     return max((n + d.given for n, d in zip(before, dialogues) if d.given), default=0)
 
 # %% ../nbs/08_records.ipynb #227faa1b

@@ -9,7 +9,6 @@ __all__ = ['TEMPLATES', 'TASKS', 'MIX', 'HYBRID', 'FORMS', 'BRIEF', 'WORLD_NAMES
            'all_questions', 'dataset_texts', 'world_texts']
 
 # %% ../nbs/25_tasks.ipynb #fa4174f1
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from itertools import islice
 
 import numpy as np
 
-from .records import Dialogue, Turn, given_in_all
+from .records import Dialogue, Turn, given_in_all, shift_mentions
 from .regions import Box, FreeForm, Point, Region
 from .scenes import COLORS, SHAPES, Scene
 
@@ -182,8 +181,7 @@ def draw_negative(
 # %% ../nbs/25_tasks.ipynb #5866d067
 def join_dialogues(first:Dialogue, second:Dialogue)->Dialogue:
     "Two questions in one turn, two answers in the next; the second one's regions are renumbered."
-    shift = lambda m: f"[region{int(m[1]) + len(first.regions)}"
-    turns = [Turn(a.role, a.text + " " + re.sub(r"\[region(\d+)", shift, b.text))
+    turns = [Turn(a.role, a.text + " " + shift_mentions(b.text, len(first.regions)))
              for a, b in zip(first.turns, second.turns)]
     return Dialogue(turns, first.regions + second.regions, "compound", given_in_all([first, second]))
 
